@@ -1,0 +1,30 @@
+"""Settings of all tests: one thread, no surprise from time, the same examples on every CI run."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # the same rounding on every machine, and no fight over two cores
+
+settings.register_profile("everyday", deadline=None, print_blob=True, max_examples=30,
+                          derandomize=bool(os.environ.get("CI")),
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", settings.get_profile("everyday"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A --data-dir that all tests share, so that the digits are drawn once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    """Every attempt of torchvision to download fails at once."""
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+    for module in ("mnist", "cifar"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refuse)

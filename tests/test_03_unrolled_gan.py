@@ -1,0 +1,309 @@
+"""Chapter 03: the unrolled gradient is the gradient, k = 0 is the plain GAN, a killed run loses nothing."""
+
+import importlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, note, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import common
+from strategies import generator, normal, seeds
+
+unrolled = importlib.import_module("03_unrolled_gan")
+SCRIPT = Path(unrolled.__file__)
+EPS = torch.finfo(torch.float64).eps
+
+
+def smooth_nets(seed):
+    """A tiny G and D in float64 with tanh, so that finite differences are meaningful."""
+    torch.manual_seed(seed)
+    G = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    D = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0)).double()
+    return G, D
+
+
+def linear_unrolled_value(x, x_fake, w, b, k, eta):
+    """Oracle, by hand: f after k ascent steps of the linear D(x) = w.x + b, in closed form.
+
+    ∂f/∂w = mean (1 - σ(D(x))) x - mean σ(D(x')) x', likewise for b with x = 1.
+    """
+    sigma = torch.sigmoid
+    for _ in range(k):
+        pull, push = 1 - sigma(x @ w + b), sigma(x_fake @ w + b)
+        w, b = (w + eta * ((pull[:, None] * x).mean(0) - (push[:, None] * x_fake).mean(0)),
+                b + eta * (pull.mean() - push.mean()))
+    return sigma(x @ w + b).log().mean() + (1 - sigma(x_fake @ w + b)).log().mean()
+
+
+@given(seeds(), st.integers(0, 6), st.floats(0.01, 1.0))
+def test_unrolled_value_equals_the_closed_form_of_a_linear_discriminator(seed, k, eta):
+    torch.manual_seed(seed)
+    D = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)).double()
+    x, x_fake = normal(seed, 2, 6, 2)
+    w, b = D[0].weight[0].detach(), D[0].bias[0].detach()
+    expected = linear_unrolled_value(x, x_fake, w, b, k, eta)
+    got = unrolled.unrolled_loss_g(D, x, x_fake.requires_grad_(), k, eta)
+    # about 100 roundings a step of numbers near 1; 1e4 eps leaves room for the logs' cancellation
+    assert_close(got, expected, rtol=0, atol=1e4 * EPS * (k + 1))
+
+
+def central_differences(f, x, eps=1e-6):
+    """∂f/∂x entry by entry, from values alone."""
+    gradient = torch.zeros_like(x)
+    for i in range(x.numel()):
+        step = torch.zeros_like(x).flatten()
+        step[i] = eps
+        step = step.view_as(x)
+        gradient.view(-1)[i] = (f(x + step) - f(x - step)) / (2 * eps)
+    return gradient
+
+
+def gradients(seed, k, eta, exact):
+    """The gradient for G's last layer: as the chapter has it, and by finite differences through all k steps."""
+    G, D = smooth_nets(seed)
+    x, z = normal(seed, 6, 2), normal(seed + 1, 6, 3)
+    weight = G[2].weight
+
+    def loss(w):
+        x_fake = G[1](G[0](z)) @ w.T + G[2].bias
+        return unrolled.unrolled_loss_g(D, x, x_fake, k, eta, exact)
+    got = torch.autograd.grad(loss(weight), weight)[0]
+    return got, central_differences(lambda w: loss(w).item(), weight.detach())
+
+
+@given(seeds(), st.integers(0, 5), st.floats(0.1, 1.0))
+def test_exact_gradient_is_the_finite_difference_through_all_steps(seed, k, eta):
+    """Truncation eps² = 1e-12 and rounding EPS / eps = 2e-10, both times derivatives of order 1 to 10."""
+    got, expected = gradients(seed, k, eta, exact=True)
+    assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+@given(seeds(), st.integers(1, 5), st.floats(0.5, 1.0))
+def test_rollback_lacks_the_answer_of_d(seed, k, eta):
+    """The wrong twin: the first-order gradient is rejected by the test above for every k > 0."""
+    got, expected = gradients(seed, k, eta, exact=False)
+    note(f"{got} {expected}")
+    with pytest.raises(AssertionError):
+        assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+@given(seeds(), st.integers(0, 5), st.floats(0.01, 1.0))
+def test_rollback_is_the_plain_gradient_against_a_discriminator_trained_k_steps(seed, k, eta):
+    """What coursework does: copy D, train the copy with plain SGD on the loss, step G, forget it."""
+    G, D = smooth_nets(seed)
+    x, z = normal(seed, 6, 2), normal(seed + 1, 6, 3)
+    got = torch.autograd.grad(unrolled.unrolled_loss_g(D, x, G(z), k, eta, exact=False),
+                              tuple(G.parameters()))
+    copy = smooth_nets(seed)[1]
+    sgd = torch.optim.SGD(copy.parameters(), lr=eta)
+    for _ in range(k):
+        sgd.zero_grad()
+        (F.binary_cross_entropy_with_logits(copy(x), torch.ones(6).double())
+         + F.binary_cross_entropy_with_logits(copy(G(z).detach()), torch.zeros(6).double())).backward()
+        sgd.step()
+    plain = torch.autograd.grad(
+        -F.binary_cross_entropy_with_logits(copy(G(z)), torch.zeros(6).double()), tuple(G.parameters()))
+    assert_close(got, plain, rtol=1e-9, atol=1e-12)  # the same sums in another order, k + 1 times
+
+
+@given(seeds(), st.booleans())
+def test_without_unrolling_the_gradient_is_the_plain_one_bitwise(seed, exact):
+    G, D = smooth_nets(seed)
+    x, z = normal(seed, 6, 2), normal(seed + 1, 6, 3)
+    got = torch.autograd.grad(unrolled.unrolled_loss_g(D, x, G(z), 0, 0.3, exact), tuple(G.parameters()))
+    real, fake = D(torch.cat([x, G(z)])).split(6)
+    plain = F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean()
+    plain = torch.autograd.grad(plain, tuple(G.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(got, plain))
+
+
+@given(seeds(), st.integers(0, 5), st.booleans())
+def test_a_generator_step_leaves_the_discriminator_untouched(seed, k, exact):
+    G, D = smooth_nets(seed)
+    before = [p.clone() for p in D.parameters()]
+    loss = unrolled.unrolled_loss_g(D, normal(seed, 6, 2), G(normal(seed, 6, 3)), k, 0.5, exact)
+    torch.autograd.grad(loss, tuple(G.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(D.parameters(), before))
+    assert all(p.grad is None and p.requires_grad for p in D.parameters())
+
+
+@given(seeds(), st.floats(0.001, 0.05))
+def test_unrolling_climbs(seed, eta):
+    """A small ascent step raises f; a descent step (the wrong twin: flipped sign) lowers it."""
+    G, D = smooth_nets(seed)
+    x, x_fake = normal(seed, 6, 2), G(normal(seed, 6, 3)).detach()
+
+    def f(steps, size):
+        return unrolled.unrolled_loss_g(D, x, x_fake.requires_grad_(), steps, size).item()
+    assert f(3, eta) > f(0, eta) > f(3, -eta)
+
+
+@given(seeds())
+def test_value_is_minus_two_log_two_for_a_blind_discriminator(seed):
+    D = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)).double()
+    nn.init.zeros_(D[0].weight), nn.init.zeros_(D[0].bias)
+    f = unrolled.value(D, dict(D.named_parameters()), *normal(seed, 2, 6, 2))
+    assert_close(f.item(), -2 * math.log(2), rtol=4 * EPS, atol=0)
+
+
+def test_courseworks_networks_have_their_published_sizes():
+    G, D = unrolled.image_nets(50, 1, 28, 28)
+    assert sum(p.numel() for p in G.parameters()) == 675_025
+    assert sum(p.numel() for p in D.parameters()) == 1_460_225
+
+
+@given(st.integers(1, 3), st.sampled_from([8, 28, 32]), st.integers(1, 4))
+@settings(max_examples=8)
+def test_image_nets_fit_any_channels_and_size(c, side, batch):
+    G, D = unrolled.image_nets(5, c, side, side)
+    x = G(torch.randn(batch, 5))
+    assert x.shape == (batch, c, side, side) and x.abs().max() <= 1 and D(x).shape == (batch,)
+
+
+# --- measures ----------------------------------------------------------------------------------
+
+@given(st.lists(st.integers(0, 50), min_size=8, max_size=8), seeds())
+def test_mode_report_counts_what_was_put_there(counts, seed):
+    """Points put at 1 std of chosen modes are good, points in the middle of the ring are not."""
+    centres, lost = common.ring(), 10
+    x = torch.cat([centres[i] + torch.tensor([0.02, 0.0]).expand(n, 2) for i, n in enumerate(counts)]
+                  + [torch.zeros(lost, 2)])
+    report = unrolled.mode_report(x[torch.randperm(len(x), generator=generator(seed))], centres, 0.02)
+    total = sum(counts)
+    assert report["modes"] == sum(n > 0 for n in counts)
+    assert_close(report["good"], total / (total + lost), rtol=1e-6, atol=0)
+    if total:
+        by_hand = sum(n / total * math.log(8 * n / total) for n in counts if n)
+        assert_close(report["kl"], by_hand, rtol=1e-9, atol=1e-12)
+    else:
+        assert math.isnan(report["kl"])
+
+
+def test_kl_to_uniform_reaches_both_ends():
+    assert unrolled.kl_to_uniform(torch.full((8,), 5)) == 0
+    assert_close(unrolled.kl_to_uniform(torch.tensor([9, 0, 0, 0])), math.log(4), rtol=4 * EPS, atol=0)
+
+
+@given(seeds(), st.lists(st.integers(0, 59), min_size=1, max_size=30))
+def test_class_report_finds_copies_of_training_pictures(seed, chosen):
+    x = torch.randint(256, (60, 1, 4, 4), dtype=torch.uint8, generator=generator(seed))
+    images = common.Images(x, torch.arange(60) % 10, "noise")
+    report = unrolled.class_report(common.to_float(x[chosen]), images)
+    assert report["classes"] == len({i % 10 for i in chosen})
+    assert report["distance"] < 1e-3  # float32 cdist by matrix product: sqrt(eps) * norm, norm <= 4
+    assert unrolled.class_report(common.to_float(x[chosen]), images._replace(y=None)).keys() == {"distance"}
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+def run(out, *flags):
+    unrolled.main(["--quick", "--steps", "12", "-k", "0", "2", "--out", str(out), *flags])
+    return [torch.load(out / f"samples_k{k}.pt") for k in (0, 2)] + [(out / "log.csv").read_text()]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in zip(a, b))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("straight"))
+
+
+def test_same_seed_same_numbers_other_seed_others(tmp_path, straight):
+    assert same(run(tmp_path / "a"), straight)
+    assert not same(run(tmp_path / "b", "--seed", "1"), straight)
+
+
+@pytest.mark.parametrize("deaths", [[1], [7], [12], [13], [20], [3, 5, 11]])
+def test_a_run_killed_after_any_checkpoint_resumes_to_the_same_bits(tmp_path, monkeypatch, straight, deaths):
+    """Each death comes right after that many checkpoints of its own life."""
+    keep = common.save_checkpoint
+    for death in deaths:
+        left = [death]
+
+        def save_and_die(*args, **state):
+            keep(*args, **state)
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("killed")
+        monkeypatch.setattr(common, "save_checkpoint", save_and_die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, "--resume")
+    monkeypatch.setattr(common, "save_checkpoint", keep)
+    assert same(run(tmp_path, "--resume"), straight)
+    assert same(run(tmp_path, "--resume"), straight)  # a finished run resumes to itself
+
+
+def test_pictures_resume_to_the_same_bits(tmp_path, monkeypatch, digits_dir):
+    """Here the order of the data and dropout have to be put back too."""
+    flags = ["--data", "digits", "--data-dir", str(digits_dir), "--steps", "6", "-k", "1", "--quick"]
+
+    def result(out, *more):
+        unrolled.main([*flags, "--out", str(out), *more])
+        return [torch.load(out / "samples_k1.pt"), (out / "log.csv").read_text()]
+    expected = result(tmp_path / "straight")
+    keep = common.save_checkpoint
+
+    def die_at_four(*args, **state):
+        keep(*args, **state)
+        if state["step"] == 4:
+            raise RuntimeError("killed")
+    monkeypatch.setattr(common, "save_checkpoint", die_at_four)
+    with pytest.raises(RuntimeError, match="killed"):
+        result(tmp_path / "killed")
+    monkeypatch.setattr(common, "save_checkpoint", keep)
+    assert same(result(tmp_path / "killed", "--resume"), expected)
+    assert expected[0].shape == (10_000, 1, 28, 28) and expected[0].dtype == torch.uint8
+
+
+def test_a_process_that_is_killed_and_interrupted_resumes_to_the_same_bits(tmp_path):
+    start = [sys.executable, SCRIPT, "--quick", "--steps", "300", "-k", "0", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def result(out, *more):
+        subprocess.run([*start, "--out", out, *more], check=True, env=environment, capture_output=True)
+        return [torch.load(out / "samples_k0.pt"), (out / "log.csv").read_text()]
+
+    for how, status in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
+        checkpoint = tmp_path / "killed" / "checkpoint.pt"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = subprocess.Popen([*start, "--out", tmp_path / "killed", "--resume"], text=True,
+                                   env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(how)
+        assert "Traceback" not in process.communicate()[1] and process.returncode == status
+    assert same(result(tmp_path / "killed", "--resume"), result(tmp_path / "straight"))
+
+
+def test_a_loss_that_explodes_names_itself_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    run(tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(unrolled, "value", lambda D, theta, x, x_fake: x_fake.sum() * math.nan
+                        + sum(p.sum() for p in theta.values()))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 1 and "loss_g is nan at step 1" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_odd_sides_are_refused(tmp_path, digits_dir, capsys):
+    from PIL import Image
+    (tmp_path / "p").mkdir()
+    for i in range(3):
+        Image.new("RGB", (30, 30)).save(tmp_path / "p" / f"{i}.png")
+    with pytest.raises(SystemExit) as stop:
+        unrolled.main(["--data", str(tmp_path / "p"), "--size", "30", "--out", str(tmp_path / "o")])
+    assert stop.value.code == 2 and "divisible by 4" in capsys.readouterr().err

@@ -1,0 +1,337 @@
+"""common.py: data in, pictures and files out, one line for every mistake."""
+
+import importlib
+import math
+import signal
+import struct
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from PIL import Image
+from torch.testing import assert_close
+
+import common
+from strategies import generator, seeds
+
+unrolled = importlib.import_module("03_unrolled_gan")
+
+
+def arguments(tmp_path, *flags):
+    """The flags of chapter 03 with everything under tmp_path."""
+    return unrolled.parse_args(["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data"),
+                                *map(str, flags)])[0]
+
+
+def write_mnist(root, n=20):
+    """A tiny MNIST: n random pictures in the four idx files, labels 0, 1, ..."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=generator(0))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, n, 28, 28) + bytes(pixels.flatten().tolist()))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, n) + bytes(i % 10 for i in range(n)))
+    return pixels
+
+
+def write_folder(folder, n=12, size=(30, 40), mode="RGB"):
+    """n one-coloured pictures; number i has the grey value 20 * i."""
+    (folder / "deep").mkdir(parents=True)
+    for i in range(n):
+        colour = 20 * i if mode == "L" else (20 * i,) * 3
+        Image.new(mode, size, colour).save(folder / "deep" / f"{i:02d}.png")
+
+
+# --- mixtures ----------------------------------------------------------------------------------
+
+def has_distinct_equal_centres(centres, m):
+    """m different centres on one circle, neighbours equally far: the sum of the m gaps is the polygon's."""
+    gaps = torch.cdist(centres, centres) + 9 * torch.eye(len(centres))
+    radius = centres.norm(dim=1)
+    chord = 2 * radius.mean() * math.sin(math.pi / m)
+    return (len(centres) == m and torch.allclose(radius, radius[0].expand(m), rtol=1e-5)
+            and torch.allclose(gaps.amin(1), chord.expand(m), rtol=1e-4))
+
+
+@given(st.integers(3, 40))
+def test_ring_has_m_distinct_equally_spaced_centres(m):
+    assert has_distinct_equal_centres(common.ring(m), m)
+
+
+@given(st.integers(3, 40))
+def test_a_ring_whose_ends_meet_is_rejected(m):
+    """The slip of the authors' notebook: linspace(0, 2π, m) gives m - 1 modes, one counted twice."""
+    angle = torch.linspace(0, 2 * math.pi, m)
+    twin = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    assert not has_distinct_equal_centres(twin, m)
+
+
+def test_grid_is_centred_and_spaced_by_two():
+    centres = common.grid()
+    assert sorted(centres.tolist()) == [[x, y] for x in (-4, -2, 0, 2, 4) for y in (-4, -2, 0, 2, 4)]
+
+
+@given(seeds())
+def test_mixture_weights_are_equal_and_spread_is_std(seed):
+    torch.manual_seed(seed)
+    centres, n, std = common.ring(), 8000, 0.02
+    x = common.gaussian_mixture(centres, std, n)
+    distance, nearest = torch.cdist(x, centres).min(dim=1)
+    counts = torch.bincount(nearest, minlength=8)
+    # counts are binomial(n, 1/8); six standard deviations
+    assert (counts - n / 8).abs().max() < 6 * math.sqrt(n * (1 / 8) * (7 / 8))
+    # sum of distance² / std² is chi squared with 2n degrees: mean 2n, variance 4n
+    assert abs((distance / std).pow(2).sum().item() - 2 * n) < 6 * math.sqrt(4 * n)
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+def test_scaling_round_trips_every_byte():
+    x = torch.arange(256, dtype=torch.uint8)
+    y = common.to_float(x)
+    assert y.dtype == torch.float32 and y.min() == -1 and y.max() == 1
+    assert torch.equal(common.to_uint8(y), x)
+    assert torch.equal(common.to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255]).byte())
+
+
+def test_mnist_is_read_from_files_without_download(tmp_path, no_download):
+    pixels = write_mnist(tmp_path / "data")
+    images = common.load_images(arguments(tmp_path, "--data", "mnist"), "cpu")
+    assert torch.equal(images.x, pixels[:, None]) and images.x.dtype == torch.uint8
+    assert images.y.tolist() == [i % 10 for i in range(20)]
+
+
+def test_cifar_gives_channels_first(tmp_path, monkeypatch):
+    pixels = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8, generator=generator(1))
+
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data, self.targets = pixels.numpy(), [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(common.datasets, "CIFAR10", Fake)
+    images = common.load_images(arguments(tmp_path, "--data", "cifar10"), "cpu")
+    assert images.x.shape == (6, 3, 32, 32) and images.x.dtype == torch.uint8
+    assert torch.equal(images.x[3, 2], pixels[3, :, :, 2]) and images.y.dtype == torch.int64
+
+
+def test_default_falls_back_to_digits_and_says_so(tmp_path, digits_dir, no_download, capsys):
+    args = arguments(tmp_path)
+    args.data, args.data_dir = None, digits_dir
+    images = common.load_images(args, "cpu", train=False)
+    assert "cannot be downloaded: using drawn digits" in capsys.readouterr().out
+    assert "no MNIST" in images.name
+
+
+def test_digits_are_what_the_table_promises(tmp_path, digits_dir):
+    args = arguments(tmp_path, "--data", "digits")
+    args.data_dir = digits_dir
+    train, test = (common.load_images(args, "cpu", train=part) for part in (True, False))
+    assert train.x.shape == (20_000, 1, 28, 28) and test.x.shape == (4_000, 1, 28, 28)
+    assert train.x.dtype == torch.uint8 and train.x.min() == 0 and train.x.max() == 255
+    assert torch.bincount(train.y).min() > 1_700  # 2,000 expected; six standard deviations are 255
+    border = torch.ones(28, 28, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    assert train.x[:, 0, border].float().mean() < 2  # a 20-pixel box in the middle of 28
+    assert torch.equal(test.x[:50], common.draw_digits(4_000, seed=1)[0][:50])
+
+
+@given(seeds())
+def test_no_two_drawn_digits_are_alike(seed):
+    x, _ = common.draw_digits(50, seed)
+    assert len(x.flatten(1).unique(dim=0)) == 50
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_folder_is_cropped_resized_and_split(tmp_path, mode):
+    write_folder(tmp_path / "pictures", mode=mode)
+    args = arguments(tmp_path, "--data", tmp_path / "pictures", "--size", 16)
+    common.start(args)
+    for _ in range(2):  # decoded, then from the kept file
+        train, test = (common.load_images(args, "cpu", train=part) for part in (True, False))
+        assert train.x.shape == (11, 3, 16, 16) and train.x.dtype == torch.uint8
+        assert train.x[:, 1, 8, 8].tolist() == [20 * i for i in range(12) if i != 9]
+        assert test.x[0, 0, 0, 0] == 180 and train.y is None
+        assert (tmp_path / "out" / "pictures.pt").exists()
+
+
+def test_a_changed_folder_is_decoded_again(tmp_path):
+    write_folder(tmp_path / "pictures")
+    args = arguments(tmp_path, "--data", tmp_path / "pictures", "--size", 16)
+    common.start(args)
+    common.load_images(args, "cpu")
+    (tmp_path / "pictures" / "deep" / "00.png").unlink()
+    assert common.load_images(args, "cpu").x[0, 0, 0, 0] == 20
+
+
+@given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 40), seeds())
+def test_batches_from_any_step_continue_the_same_stream(n, size, step, seed):
+    x = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
+    straight, later = common.batches(x, size, seed), common.batches(x, size, seed, step)
+    for _ in range(step):
+        next(straight)
+    for _ in range(5):
+        assert torch.equal(next(straight), next(later))
+
+
+@given(st.integers(1, 50), st.integers(1, 12), seeds())
+def test_an_epoch_shows_each_picture_at_most_once(n, size, seed):
+    x = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
+    stream = common.batches(x, size, seed)
+    epoch = torch.cat([next(stream) for _ in range(n // min(size, n))])
+    assert len(epoch.unique()) == len(epoch) > n - size
+
+
+# --- mistakes of the user ----------------------------------------------------------------------
+
+def one_line(capsys, run, *words):
+    """run() must end with status 2 and one line on stderr that holds all words."""
+    with pytest.raises(SystemExit) as stop:
+        run()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--size", "0"], "'0' is not a whole number of 1 or more"),
+    (["--size", "many"], "--size"),
+    (["--steps", "-3"], "--steps"),
+    (["-k", "-1"], "-k"),
+    (["--eta", "nan"], "--eta"),
+    (["--method", "magic"], "magic"),
+    (["--colour"], "--colour"),
+])
+def test_wrong_flags_give_one_line(capsys, tmp_path, flags, word):
+    one_line(capsys, lambda: arguments(tmp_path, *flags), word)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "toaster"])
+def test_missing_device_gives_one_line(capsys, tmp_path, device):
+    one_line(capsys, lambda: common.start(arguments(tmp_path, "--device", device)), device)
+
+
+def test_unwritable_output_gives_one_line(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    args = arguments(tmp_path)
+    args.out = tmp_path / "file" / "out"
+    one_line(capsys, lambda: common.start(args), "cannot write", "--out")
+
+
+def load(tmp_path, *flags):
+    args = arguments(tmp_path, *flags)
+    args.out.mkdir(exist_ok=True)
+    return lambda: common.load_images(args, "cpu")
+
+
+def test_unknown_data_gives_one_line(capsys, tmp_path):
+    one_line(capsys, load(tmp_path, "--data", "mnits"), "mnits", "mnist, fashion")
+
+
+def test_missing_data_set_says_which_files_to_put_where(capsys, tmp_path, no_download):
+    one_line(capsys, load(tmp_path, "--data", "mnist"), "data/MNIST/raw", "idx-ubyte")
+
+
+def test_empty_folder_gives_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    one_line(capsys, load(tmp_path, "--data", tmp_path / "empty"), "holds 0 pictures")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+def test_corrupt_picture_is_named_with_how_to_skip_it(capsys, tmp_path, content):
+    write_folder(tmp_path / "p")
+    broken = tmp_path / "p" / "deep" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
+    one_line(capsys, load(tmp_path, "--data", tmp_path / "p", "--size", 16), "03.png", ".skip")
+    assert not (tmp_path / "out" / "pictures.pt").exists()
+    broken.rename(f"{broken}.skip")
+    assert len(load(tmp_path, "--data", tmp_path / "p", "--size", 16)().x) == 10
+
+
+def test_small_picture_is_named(capsys, tmp_path):
+    write_folder(tmp_path / "p")
+    Image.new("RGB", (15, 90)).save(tmp_path / "p" / "small.png")
+    one_line(capsys, load(tmp_path, "--data", tmp_path / "p", "--size", 16), "small.png", "15x90")
+
+
+# --- checkpoints and files ---------------------------------------------------------------------
+
+def test_checkpoint_round_trips_networks_and_random_state(tmp_path):
+    args = arguments(tmp_path, "--resume")
+    common.start(args)
+    net = torch.nn.Linear(3, 2)
+    common.save_checkpoint(args, {"net": net}, step=7)
+    expected, other = torch.rand(4), torch.nn.Linear(3, 2)
+    saved = common.load_checkpoint(args)
+    common.restore(saved, {"net": other})
+    assert saved["step"] == 7 and torch.equal(torch.rand(4), expected)
+    assert_close(list(other.parameters()), list(net.parameters()), rtol=0, atol=0)
+
+
+def test_resume_without_checkpoint_begins(tmp_path, capsys):
+    assert common.load_checkpoint(arguments(tmp_path, "--resume")) is None
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_checkpoint_of_other_flags_or_script_is_refused(tmp_path, capsys):
+    args = arguments(tmp_path, "--seed", 1)
+    common.start(args)
+    common.save_checkpoint(args, {})
+    other = arguments(tmp_path, "--seed", 2, "--resume")
+    one_line(capsys, lambda: common.load_checkpoint(other), "seed 1", "2")
+    args.resume, args.script = True, "07_sn_wgan_gp"
+    one_line(capsys, lambda: common.load_checkpoint(args), "03_unrolled_gan")
+
+
+def test_broken_checkpoint_is_refused(tmp_path, capsys):
+    args = arguments(tmp_path, "--resume")
+    common.start(args)
+    (args.out / "checkpoint.pt").write_bytes(b"half a file")
+    one_line(capsys, lambda: common.load_checkpoint(args), "checkpoint.pt", "not a readable")
+
+
+def test_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
+    args = arguments(tmp_path, "--resume")
+    common.start(args)
+    torch.save({"settings": common.settings(args), "parts": print}, args.out / "checkpoint.pt")
+    one_line(capsys, lambda: common.load_checkpoint(args), "not a readable")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.pt"
+    common.save(torch.ones(3), path)
+
+    def half(file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        common.replace(path, half)
+    assert torch.equal(torch.load(path), torch.ones(3)) and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_named(bad, capsys):
+    common.check_finite(3, loss_d=1.0)
+    with pytest.raises(SystemExit) as stop:
+        common.check_finite(4, loss_d=1.0, loss_g=bad)
+    assert stop.value.code == 1 and "loss_g" in (error := capsys.readouterr().err) and "step 4" in error
+
+
+def test_first_ctrl_c_only_asks_the_second_stops():
+    with common.ctrl_c() as pressed:
+        assert not pressed()
+        signal.raise_signal(signal.SIGINT)
+        assert pressed()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_progress_prints_tenths_when_not_a_terminal(capsys):
+    show = common.progress("k=5", 40, 128)
+    for step in range(1, 41):
+        show(step, loss=0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and "step 40/40" in lines[-1] and "loss 0.5" in lines[0]

@@ -1,0 +1,48 @@
+"""Every script as a user runs it: python 0N_name.py --quick ends well and leaves its files."""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(p.name for p in ROOT.glob("0[1-8]_*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_quick_run(script, tmp_path, digits_dir):
+    result = subprocess.run(
+        [sys.executable, ROOT / script, "--quick", "--out", tmp_path, "--data-dir", digits_dir],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = re.findall(r"^wrote (.+)$", result.stdout, re.MULTILINE)
+    assert written and all((tmp_path / path).stat().st_size > 0 for path in written)
+    assert not any(Path(path).is_absolute() for path in written)
+    assert not list(tmp_path.glob("*.tmp"))
+    if (log := tmp_path / "log.csv").exists():
+        rows = list(csv.DictReader(log.open()))
+        assert rows and all(math.isfinite(float(row["step"])) for row in rows)
+    for samples in tmp_path.glob("samples*.pt"):
+        assert len(torch.load(samples, weights_only=True)) == 10_000
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_chapter_and_every_flag_is_used(script):
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
+    assert result.returncode == 0 and "Idea" in result.stdout
+    for flag in re.findall(r"^  (?:-\w, )?--([a-z-]+)", result.stdout, re.MULTILINE):
+        assert flag == "help" or f"args.{flag.replace('-', '_')}" in source, f"--{flag} is not used"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_does_nothing(script, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); __import__({script[:-3]!r})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
