@@ -1,10 +1,21 @@
 r"""03 - Unrolled GAN: let G see how D will answer.
 
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2.
-Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z))));  D climbs f, G descends it  -> value()
-Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)                        -> unroll()
-         G descends f(θ_G, θ_D^k(θ_G)), then D takes one ordinary step from θ_D
-         k = 0 is the plain GAN, k -> ∞ is a best response of D    -> unrolled_loss_g(), train()
+Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))):  D climbs, G descends   -> value()
+Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)                    -> unroll()
+         G descends f(θ_G, θ_D^k(θ_G)); then D takes one step from θ_D     -> unrolled_loss_g()
+         k = 0 is the plain GAN. Large k comes near f against a D that answers perfectly: G cannot
+         win by running to one mode any more, because it sees D follow.
+See      process.png: training from left to right, k = 0 above k = 5, with D's level lines;
+         curves.png, log.csv, samples_k{k}.pt. Printed: modes reached of 8, share of samples within
+         3 standard deviations of a mode (good), KL of the modes' histogram to uniform in nats.
+         Measured, seeds 0 to 4: 0 or 1 modes and at most 4 % good at k = 0, 8 modes and 92 to 94 %
+         good at k = 5. What misses are the bridges: a continuous G cannot jump between modes.
+Time     113 to 145 s on 2 CPU cores; grid (8,000 steps) about 190 s, MNIST 182 s; --quick 8 s.
+Differs  plain gradient steps inside the unroll and Adam outside; rates fall along a cosine; D has
+         one hidden layer of 512; on pictures G uses the non-saturating loss at the same θ_D^k.
+Run      python 03_unrolled_gan.py -k 0 1 5
+         python 03_unrolled_gan.py --data mnist
 """
 
 import math
@@ -18,9 +29,13 @@ from torch.nn import functional as F
 import common
 
 SETTINGS = {  # one setting for every k; both rates fall to 0 along a cosine
-    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, eta=0.1),
-    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=4e-3, lr_d=2e-3, eta=0.2),
-    "images": dict(k=[0, 2], steps=2500, batch=64, d_z=50, lr_g=5e-4, lr_d=5e-4, eta=0.1),
+    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, eta=0.1,
+                 saturating=True),
+    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, eta=0.1,
+                 saturating=True),
+    # a step of eta moves D(x) by about eta |x|^2, and |x|^2 is near 784: eta must be small here
+    "images": dict(k=[0, 2], steps=800, batch=64, d_z=50, lr_g=1e-3, lr_d=5e-4, eta=0.005,
+                   saturating=False),
 }
 D_HIDDEN = 512
 ADAM_BETAS = (0.5, 0.999)
@@ -58,14 +73,19 @@ def unroll(D, x, x_fake, k, eta, exact=True):
     return theta
 
 
-def unrolled_loss_g(D, x, x_fake, k, eta, exact=True):
-    """f(θ_G, θ_D^k(θ_G)), to be minimised by G (section 2.2).
+def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
+    """f(θ_G, θ_D^k(θ_G)), to be minimised by G (section 2.2). k = 0 is the plain GAN.
 
-    exact: the gradient also flows through θ_D^k, i.e. G feels how D will answer (section 2.3).
-    Otherwise "rollback": G only steps against the D of k steps ahead, which is what
-     training a copy of D and putting it back does. With k = 0 both are the plain GAN.
+    exact: the gradient also flows through θ_D^k, so G feels how D will answer (section 2.3).
+    Otherwise "rollback": G steps against the D of k steps ahead as if it stood there for ever,
+    which is what training a copy of D and putting the old one back does.
+    saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
+    D is sure of itself: on pictures D is, and f freezes (it reaches -0.0001 within 200 steps).
     """
-    return value(D, unroll(D, x, x_fake, k, eta, exact), x, x_fake)
+    theta = unroll(D, x, x_fake, k, eta, exact)
+    if saturating:
+        return value(D, theta, x, x_fake)
+    return -F.logsigmoid(functional_call(D, theta, (x_fake,))).mean()
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -98,14 +118,23 @@ class Scale(nn.Module):
 
 
 def image_nets(d_z, c, h, w):
-    """The coursework's networks: for MNIST G has 675,025 parameters and D 1,460,225."""
+    """The coursework's networks: for MNIST G has 675,025 parameters and D 1,460,225.
+
+    Added: batch norm without parameters in G and a normal start of 0.02; without the two G gave
+    one and the same blot for every z, with any k.
+    """
+    def norm(channels, kind):
+        return kind(channels, affine=False, track_running_stats=False)
+
     G = nn.Sequential(
-        nn.Linear(d_z, 500), nn.ReLU(),
-        nn.Linear(500, 500), nn.ReLU(),
-        nn.Linear(500, h * w), nn.ReLU(),
+        nn.Linear(d_z, 500), norm(500, nn.BatchNorm1d), nn.ReLU(),
+        nn.Linear(500, 500), norm(500, nn.BatchNorm1d), nn.ReLU(),
+        nn.Linear(500, h * w), norm(h * w, nn.BatchNorm1d), nn.ReLU(),
         nn.Unflatten(1, (16, h // 4, w // 4)),                               # [B, 16, H/4, W/4]
-        nn.ConvTranspose2d(16, 16, kernel_size=4, stride=2, padding=1), nn.ReLU(),   # H/2, W/2
-        nn.ConvTranspose2d(16, 8, kernel_size=4, stride=2, padding=1), nn.ReLU(),    # H, W
+        nn.ConvTranspose2d(16, 16, kernel_size=4, stride=2, padding=1),      # [B, 16, H/2, W/2]
+        norm(16, nn.BatchNorm2d), nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, kernel_size=4, stride=2, padding=1),       # [B, 8, H, W]
+        norm(8, nn.BatchNorm2d), nn.ReLU(),
         nn.ConvTranspose2d(8, c, kernel_size=3, padding=1), nn.Tanh())       # [B, C, H, W]
     D = nn.Sequential(
         nn.Flatten(),
@@ -113,6 +142,10 @@ def image_nets(d_z, c, h, w):
         nn.Linear(1024, 512), nn.LeakyReLU(0.2), nn.Dropout(0.3),
         nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.3),
         nn.Linear(256, 1), nn.Flatten(0))                                    # [B]
+    for layer in [*G, *D]:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return G, D
 
 
@@ -190,20 +223,20 @@ def class_report(x, images):
     """The classes of samples x [N, C, H, W] by their nearest of the first 10,000 training pictures.
 
     classes: those that occur; kl: of the class histogram to uniform, nats (both only where the data
-    has classes); distance: to that picture, mean over the samples of the root mean square, x in [-1, 1].
+    has classes); distance: to that picture, root mean square in [-1, 1] units, mean over samples.
     """
     train = common.to_float(images.x[:10_000]).flatten(1)
     found = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
-    report = {"distance": torch.cat([f.values for f in found]).mean().item() / train.shape[1] ** 0.5}
+    distance = torch.cat([f.values for f in found]).mean().item() / train.shape[1] ** 0.5
     if images.y is None:
-        return report
+        return {"distance": distance}
     classes = images.y[torch.cat([f.indices for f in found])]
     counts = torch.bincount(classes, minlength=int(images.y.max()) + 1)
-    return {"classes": int((counts > 0).sum()), "kl": kl_to_uniform(counts), **report}
+    return {"classes": int((counts > 0).sum()), "kl": kl_to_uniform(counts), "distance": distance}
 
 
 def kl_to_uniform(counts):
-    """Σ p log(K p), nats, for p = counts / sum: 0 if all K are equal, log K if one class has all."""
+    """Σ p log(K p), nats, p = counts / sum: 0 if all K are equal, log K if one has all."""
     if counts.sum() == 0:
         return math.nan  # no sample was counted: there is no histogram
     p = counts.double() / counts.sum()
@@ -215,12 +248,12 @@ def kl_to_uniform(counts):
 def train(args, setting, task, k, device, saved, done):
     """Trains one GAN with k unrolled steps; returns its log, snapshots and samples.
 
-    saved: the checkpoint to go on from, or None; done: results of the k before, kept in checkpoints.
+    saved: the checkpoint to go on from, or None; done: results of the k before, to be kept in it.
     """
     torch.manual_seed(args.seed)  # every k starts from the same networks
     G, D = (net.to(device) for net in task.nets())
-    opt_g = torch.optim.Adam(G.parameters(), lr=setting["lr_g"], betas=ADAM_BETAS)
-    opt_d = torch.optim.Adam(D.parameters(), lr=setting["lr_d"], betas=ADAM_BETAS)
+    opt_g = torch.optim.Adam(G.parameters(), lr=setting["lr_g"], betas=ADAM_BETAS, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), lr=setting["lr_d"], betas=ADAM_BETAS, fused=True)
     rate_g = torch.optim.lr_scheduler.CosineAnnealingLR(opt_g, args.steps)
     rate_d = torch.optim.lr_scheduler.CosineAnnealingLR(opt_d, args.steps)
     parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
@@ -242,7 +275,7 @@ def train(args, setting, task, k, device, saved, done):
             # G descends f(θ_G, θ_D^k(θ_G)); the gradient is asked for G alone, D stays untouched
             for _ in range(args.g_steps):
                 loss_g = unrolled_loss_g(D, next(real), G(draw_z()), k, args.eta,
-                                         args.method == "exact")
+                                         args.method == "exact", setting["saturating"])
                 for p, g in zip(G.parameters(), torch.autograd.grad(loss_g, tuple(G.parameters()))):
                     p.grad = g
                 opt_g.step()
@@ -258,11 +291,11 @@ def train(args, setting, task, k, device, saved, done):
             rate_g.step()
             rate_d.step()
             common.check_finite(step, loss_g=loss_g.item(), loss_d=loss_d.item())
-            show(step, f_unrolled=loss_g.item(), f=-loss_d.item())
+            show(step, loss_g=loss_g.item(), f=-loss_d.item())
             milestone = step % max(1, args.steps // 40) == 0 or step == args.steps
             if milestone or step in shot_steps:
                 few = generate(G, z_fixed[:1000])
-                numbers = {"k": k, "step": step, "f_unrolled": loss_g.item(), "f": -loss_d.item(),
+                numbers = {"k": k, "step": step, "loss_g": loss_g.item(), "f": -loss_d.item(),
                            **task.measure(few)}
                 log.append(numbers)
                 if step in shot_steps:
@@ -272,7 +305,8 @@ def train(args, setting, task, k, device, saved, done):
             if pressed():
                 common.stop(step)
     samples = generate(G, z_fixed)
-    return {"log": log, "shots": shots, "samples": task.keep(samples).cpu(), **task.measure(samples)}
+    return {"log": log, "shots": shots, "samples": task.keep(samples).cpu(),
+            **task.measure(samples)}
 
 
 @torch.no_grad()
@@ -286,7 +320,8 @@ def generate(G, z):
 def figures(args, task, done):
     """process.png: training from left to right, a row for each k; curves.png: the log as curves."""
     def caption(shot):
-        numbers = [f"{name} {shot[name]:.3g}" for name in ("modes", "classes", "good") if name in shot]
+        numbers = [f"{name} {shot[name]:.3g}" for name in ("modes", "classes", "good")
+                   if name in shot]
         return f"step {shot['step']:,}\n{', '.join(numbers)}"
 
     rows = [(f"k = {k}", [("data\n", task.draw(None))]
@@ -306,7 +341,7 @@ def parse_args(argv=None):
                       "fashion, cifar10, digits (drawn, no download), or a folder of pictures")
     g = p.add_argument_group("unrolling")
     g.add_argument("-k", type=common.whole_number, nargs="+", metavar="K",
-                   help="numbers of unrolled steps of D to compare; if not given: 0 5, pictures 0 2")
+                   help="unrolled steps of D to compare; if not given: 0 5, for pictures 0 2")
     g.add_argument("--method", choices=["exact", "rollback"], default="exact",
                    help="does G's gradient flow through the unrolled steps?")
     g.add_argument("--eta", type=common.positive_float, help="size of an unrolled step")

@@ -77,7 +77,9 @@ def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (dra
     script = Path(file).stem
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            shown = action.default not in (None, False)  # "(default: None)" tells nobody anything
+            return super()._get_help_string(action) if shown else action.help
 
     p = OneLineParser(prog=f"{script}.py", description=doc, formatter_class=Formatter)
     g = p.add_argument_group("shared flags")
@@ -125,7 +127,7 @@ class Images(NamedTuple):
 def load_images(args, device, train=True):
     """The data set that args.data names, as Images on `device`; says which source it took.
 
-    `train` chooses the training or the test part; of a folder, every tenth picture is the test part.
+    train: the training or the test part. Of a folder, every tenth picture is the test part.
     """
     name = args.data or "mnist"
     if name == "digits":
@@ -154,7 +156,8 @@ def load_images(args, device, train=True):
 
 def load_torchvision(name, root, train):
     """MNIST, Fashion-MNIST or CIFAR-10 from `root`, downloaded if missing; None if impossible."""
-    kind, title = {"mnist": (datasets.MNIST, "MNIST"), "fashion": (datasets.FashionMNIST, "Fashion"),
+    kind, title = {"mnist": (datasets.MNIST, "MNIST"),
+                   "fashion": (datasets.FashionMNIST, "Fashion-MNIST"),
                    "cifar10": (datasets.CIFAR10, "CIFAR-10")}[name]
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
@@ -182,26 +185,30 @@ def load_folder(folder, size, out, train):
              "give a folder with at least 2")
     stamp = [str(folder.resolve()), size, len(files), max(p.stat().st_mtime for p in files)]
     kept = out / "pictures.pt"
-    with contextlib.suppress(Exception):  # a missing or broken cache is made anew
+    x = None
+    with contextlib.suppress(Exception):  # a missing or broken file is made anew
         cached = torch.load(kept, weights_only=True)
-        if cached["stamp"] == stamp:
-            x = cached["x"]
-            return Images(x[[i for i in range(len(x)) if (i % 10 != 9) == train]], None, folder.name)
-    x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for i, path in enumerate(files):
-        skip = f"to leave it out, rename it to {path.name}.skip"
-        try:
-            with Image.open(path) as picture:
-                picture = picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            fail(f"{path} cannot be read as a picture; {skip}")
-        side = min(picture.size)
-        if side < size:
-            fail(f"{path} is {picture.width}x{picture.height}, smaller than --size {size}: "
-                 f"use --size {side}, or {skip}")
-        x[i] = TF.pil_to_tensor(TF.resize(TF.center_crop(picture, side), [size, size]))
-    save({"stamp": stamp, "x": x}, kept)
-    return Images(x[[i for i in range(len(x)) if (i % 10 != 9) == train]], None, folder.name)
+        x = cached["x"] if cached["stamp"] == stamp else None
+    if x is None:
+        x = torch.stack([read_picture(path, size) for path in files])
+        save({"stamp": stamp, "x": x}, kept)
+    held_out = torch.arange(len(x)) % 10 == 9
+    return Images(x[~held_out if train else held_out], None, folder.name)
+
+
+def read_picture(path, size):
+    """One picture file as uint8 [3, size, size]."""
+    skip = f"to leave it out, rename it to {path.name}.skip"
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        fail(f"{path} cannot be read as a picture; {skip}")
+    side = min(picture.size)
+    if side < size:
+        fail(f"{path} is {picture.width}x{picture.height}, smaller than --size {size}: "
+             f"use --size {side}, or {skip}")
+    return TF.pil_to_tensor(TF.resize(TF.center_crop(picture, side), [size, size]))
 
 
 def ring(m=8, radius=2.0):
@@ -251,74 +258,66 @@ def batches(x, batch_size, seed, step=0):
 
 # --- drawn digits: a pen, not a font -----------------------------------------------------------
 
-# Ways to write each digit. A way is one or two strokes through points (x right, y down, in a unit
-# box); a point given twice in a row is a sharp corner.
+# The ways to write each digit: strokes, separated by /, through points x,y in hundredths of a box
+# (x to the right, y down). A point given twice in a row is a sharp corner.
 STROKES = {
-    0: [[[(.62, .03), (.25, .10), (.05, .50), (.22, .92), (.60, .97), (.93, .62), (.82, .18), (.55, .03)]],
-        [[(.50, .00), (.12, .25), (.08, .70), (.42, 1.0), (.85, .80), (.92, .35), (.62, .05), (.40, .06)]]],
-    1: [[[(.50, .00), (.49, .50), (.50, 1.0)]],
-        [[(.50, .00), (.49, .50), (.50, 1.0)]],
-        [[(.30, .22), (.50, .00), (.50, .00), (.50, 1.0)]],
-        [[(.28, .20), (.50, .00), (.50, .00), (.50, 1.0)], [(.25, 1.0), (.75, 1.0)]]],
-    2: [[[(.08, .25), (.32, .02), (.75, .06), (.80, .38), (.45, .75), (.05, 1.0), (.05, 1.0), (.95, .97)]],
-        [[(.10, .20), (.45, .00), (.82, .18), (.70, .52), (.38, .88), (.12, .97), (.08, .80), (.32, .76),
-          (.60, .94), (.98, .90)]]],
-    3: [[[(.12, .10), (.48, .00), (.82, .20), (.66, .43), (.36, .48), (.36, .48), (.78, .56), (.88, .80),
-          (.55, 1.0), (.08, .90)]],
-        [[(.10, .03), (.85, .02), (.85, .02), (.45, .42), (.45, .42), (.86, .58), (.80, .90), (.42, 1.0),
-          (.06, .90)]]],
-    4: [[[(.22, .02), (.08, .55), (.08, .55), (.50, .56), (.95, .52)], [(.78, .05), (.72, .50), (.66, 1.0)]],
-        [[(.18, .05), (.12, .40), (.35, .55), (.80, .45)], [(.82, .00), (.78, .50), (.74, 1.0)]],
-        [[(.70, 1.0), (.72, .50), (.74, .00), (.74, .00), (.04, .64), (.04, .64), (.96, .62)]]],
-    5: [[[(.28, .04), (.20, .44), (.20, .44), (.58, .36), (.90, .64), (.62, .97), (.06, .90)],
-         [(.28, .04), (.92, .00)]],
-        [[(.88, .02), (.30, .04), (.30, .04), (.22, .44), (.22, .44), (.62, .40), (.86, .70), (.52, 1.0),
-          (.06, .90)]]],
-    6: [[[(.74, .00), (.32, .28), (.08, .68), (.32, .98), (.76, .94), (.84, .66), (.52, .52), (.16, .74)]],
-        [[(.48, .00), (.16, .40), (.10, .78), (.40, 1.0), (.82, .84), (.70, .58), (.36, .62), (.16, .84)]]],
-    7: [[[(.06, .06), (.50, .05), (.92, .03), (.92, .03), (.58, .50), (.38, 1.0)]],
-        [[(.06, .22), (.10, .04), (.10, .04), (.90, .04), (.90, .04), (.62, .45), (.45, 1.0)]],
-        [[(.06, .06), (.92, .03), (.92, .03), (.58, .50), (.38, 1.0)], [(.28, .52), (.82, .48)]]],
-    8: [[[(.80, .14), (.50, .00), (.20, .20), (.48, .46), (.84, .74), (.50, 1.0), (.14, .78), (.48, .48),
-          (.80, .20), (.70, .05)]],
-        [[(.50, .46), (.18, .24), (.48, .00), (.80, .22), (.50, .46), (.12, .76), (.50, 1.0), (.88, .76),
-          (.52, .46)]]],
-    9: [[[(.82, .20), (.50, .02), (.14, .22), (.28, .50), (.64, .46), (.84, .16), (.84, .16), (.80, .60),
-          (.74, 1.0)]],
-        [[(.84, .16), (.48, .02), (.14, .24), (.30, .50), (.70, .42), (.86, .14), (.82, .62), (.56, .96),
-          (.20, .94)]]],
+    0: ["62,3 25,10 5,50 22,92 60,97 93,62 82,18 55,3",
+        "50,0 12,25 8,70 42,100 85,80 92,35 62,5 40,6"],
+    1: ["50,0 49,50 50,100",
+        "50,0 49,50 50,100",
+        "30,22 50,0 50,0 50,100",
+        "28,20 50,0 50,0 50,100 / 25,100 75,100"],
+    2: ["8,25 32,2 75,6 80,38 45,75 5,100 5,100 95,97",
+        "10,20 45,0 82,18 70,52 38,88 12,97 8,80 32,76 60,94 98,90"],
+    3: ["12,10 48,0 82,20 66,43 36,48 36,48 78,56 88,80 55,100 8,90",
+        "10,3 85,2 85,2 45,42 45,42 86,58 80,90 42,100 6,90"],
+    4: ["22,2 8,55 8,55 50,56 95,52 / 78,5 72,50 66,100",
+        "18,5 12,40 35,55 80,45 / 82,0 78,50 74,100",
+        "70,100 72,50 74,0 74,0 4,64 4,64 96,62"],
+    5: ["28,4 20,44 20,44 58,36 90,64 62,97 6,90 / 28,4 92,0",
+        "88,2 30,4 30,4 22,44 22,44 62,40 86,70 52,100 6,90"],
+    6: ["74,0 32,28 8,68 32,98 76,94 84,66 52,52 16,74",
+        "48,0 16,40 10,78 40,100 82,84 70,58 36,62 16,84"],
+    7: ["6,6 50,5 92,3 92,3 58,50 38,100",
+        "6,22 10,4 10,4 90,4 90,4 62,45 45,100",
+        "6,6 92,3 92,3 58,50 38,100 / 28,52 82,48"],
+    8: ["80,14 50,0 20,20 48,46 84,74 50,100 14,78 48,48 80,20 70,5",
+        "50,46 18,24 48,0 80,22 50,46 12,76 50,100 88,76 52,46"],
+    9: ["82,20 50,2 14,22 28,50 64,46 84,16 84,16 80,60 74,100",
+        "84,16 48,2 14,24 30,50 70,42 86,14 82,62 56,96 20,94"],
 }
 
 
-def pen_matrix(strokes, n):
-    """The distinct control points [m, 2] of a way and the matrix [n, m] that maps them to n pen positions.
+def pen_matrix(way, n):
+    """The distinct points [m, 2] of a way, and the matrix [n, m] that maps them to n pen positions.
 
-    The pen follows the Catmull-Rom curve through each stroke, about equally spaced. The curve is
+    The pen follows the Catmull-Rom curve through each stroke in about equal steps. The curve is
     linear in its points, so one matrix draws every bent copy of the way.
     """
-    points = list(dict.fromkeys(p for stroke in strokes for p in stroke))
-    controls = torch.tensor(points)
-    fine = []  # rows of the matrix at 40 places per piece of the curve
+    strokes = [[tuple(int(v) / 100 for v in point.split(",")) for point in stroke.split()]
+               for stroke in way.split("/")]
+    distinct = list(dict.fromkeys(point for stroke in strokes for point in stroke))
+    points = torch.tensor(distinct)
     t = torch.linspace(0, 1, 40)[:, None]
     basis = torch.cat([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3,
                        t + 4 * t**2 - 3 * t**3, t**3 - t**2], dim=1) / 2  # [40, 4]
+    pieces = []  # 40 rows for each piece of a curve, between two neighbouring points
     for stroke in strokes:
-        index = [points.index(p) for p in stroke]
-        index = index[:1] + index + index[-1:]
-        for i in range(len(index) - 3):
-            if index[i + 1] != index[i + 2]:
-                fine.append(basis @ torch.eye(len(points))[index[i:i + 4]])
-    step = torch.cat([(m @ controls).diff(dim=0, prepend=(m @ controls)[:1]).norm(dim=1) for m in fine])
-    length = step.cumsum(0)
-    pick = torch.searchsorted(length, torch.linspace(0, float(length[-1]), n)).clamp(max=len(length) - 1)
-    return controls, torch.cat(fine)[pick]
+        index = [distinct.index(point) for point in [stroke[0], *stroke, stroke[-1]]]
+        pieces += [basis @ torch.eye(len(points))[index[i:i + 4]]
+                   for i in range(len(index) - 3) if index[i + 1] != index[i + 2]]
+    steps = [(piece @ points).diff(dim=0, prepend=piece[:1] @ points).norm(dim=1)
+             for piece in pieces]  # no ink between two strokes
+    length = torch.cat(steps).cumsum(0)
+    at = torch.searchsorted(length, torch.linspace(0, length[-1].item(), n))
+    return points, torch.cat(pieces)[at.clamp(max=len(length) - 1)]
 
 
 def draw_digits(n, seed):
-    """n drawn digits: uint8 [n, 1, 28, 28], light on dark, and their classes int64 [n].
+    """n drawn digits: uint8 [n, 1, 28, 28], light on dark, and their classes, int64 [n].
 
-    Random bends, slant, rotation, width and pen; each digit is then fitted to a 20-pixel box and
-    centred on its ink, as MNIST's are. A pixel's grey falls with its distance to the stroke.
+    Random bends, slant, turn, width and pen; then each is fitted to a box of 20 pixels and centred
+    on its ink, as MNIST's digits are. A pixel's grey falls with its distance to the stroke.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -326,33 +325,36 @@ def draw_digits(n, seed):
         return torch.randn(*shape, generator=rng)
 
     y = torch.randint(10, (n,), generator=rng)
-    way = torch.rand(n, generator=rng)
+    choice = torch.rand(n, generator=rng)
     pen = torch.empty(n, 72, 2)
     for digit, ways in STROKES.items():
-        for i, strokes in enumerate(ways):
-            mine = ((y == digit) & ((way * len(ways)).long() == i)).nonzero()[:, 0]
-            controls, matrix = pen_matrix(strokes, 72)
-            pen[mine] = matrix @ (controls + 0.045 * normal(len(mine), *controls.shape)) - 0.5
-    pen = pen + 0.03 * normal(n, 1, 2) * torch.sin(5 * pen.flip(2) + 3 * normal(n, 1, 2))  # smooth bend
-    pen[..., 0] *= (0.72 * (0.2 * normal(n, 1)).exp()) * torch.where(y == 1, 0.6, 1.0)[:, None]
+        for i, way in enumerate(ways):
+            mine = ((y == digit) & ((choice * len(ways)).long() == i)).nonzero()[:, 0]
+            points, matrix = pen_matrix(way, 72)
+            pen[mine] = matrix @ (points + 0.045 * normal(len(mine), *points.shape)) - 0.5
+
+    pen += 0.03 * normal(n, 1, 2) * torch.sin(5 * pen.flip(2) + 3 * normal(n, 1, 2))  # a bend
+    width = 0.72 * (0.2 * normal(n)).exp() * torch.where(y == 1, 0.6, 1.0)
     slant, turn = 0.15 + 0.25 * normal(n), 0.12 * normal(n)
-    shear = torch.stack([torch.stack([turn.cos(), -turn.sin() - slant], 1),
-                         torch.stack([turn.sin(), turn.cos()], 1)], 1)  # [n, 2, 2]
-    pen = pen @ shear.transpose(1, 2)
+    shape = torch.stack([width * turn.cos(), -turn.sin() - slant,
+                         width * turn.sin(), turn.cos()], dim=1).view(n, 2, 2)
+    pen = pen @ shape.transpose(1, 2)
+
+    half = (1.1 * (0.26 * normal(n, 1)).exp()).clamp(0.6, 1.9)  # of the pen's width, in pixels
     low, high = pen.amin(1, keepdim=True), pen.amax(1, keepdim=True)
-    half = (1.1 * (0.26 * normal(n, 1)).exp()).clamp(0.6, 1.9)  # half the pen's width, in pixels
-    height = 20 - 2 * half[..., None] + 0.7 * normal(n, 1, 1)
-    pen = (pen - (low + high) / 2) * height / (high - low).amax(2, keepdim=True)
-    pen = pen - pen.mean(1, keepdim=True) + 13.5 + 0.4 * normal(n, 1, 2)
+    box = 20 - 2 * half[..., None] + 0.7 * normal(n, 1, 1)
+    pen = (pen - low) * box / (high - low).amax(2, keepdim=True)
+    pen += 13.5 + 0.4 * normal(n, 1, 2) - pen.mean(1, keepdim=True)
+
     line = torch.arange(28.0)
-    pixel = torch.cartesian_prod(line, line).flip(1)  # [784, 2] as (x, y)
+    pixel = torch.cartesian_prod(line, line).flip(1)  # [784, 2], as (x, y)
     x = torch.empty(n, 1, 28, 28, dtype=torch.uint8)
     for i in range(0, n, 500):  # small pieces stay in the cache
         p = pen[i:i + 500]
-        d2 = torch.baddbmm(p.pow(2).sum(2)[:, None, :], pixel.expand(len(p), -1, -1), p.transpose(1, 2),
-                           alpha=-2).amin(2) + pixel.pow(2).sum(1)  # squared distance to the stroke
-        ink = (half[i:i + 500] + 0.5 - d2.clamp(min=0).sqrt()).clamp(0, 1)
-        x[i:i + 500] = (255 * ink).reshape(-1, 1, 28, 28).round().to(torch.uint8)
+        squared = torch.baddbmm(p.pow(2).sum(2)[:, None], pixel.expand(len(p), -1, -1),
+                                p.transpose(1, 2), alpha=-2).amin(2) + pixel.pow(2).sum(1)
+        ink = (half[i:i + 500] + 0.5 - squared.clamp(min=0).sqrt()).clamp(0, 1)
+        x[i:i + 500] = (255 * ink).round().to(torch.uint8).view(-1, 1, 28, 28)
     return x, y
 
 
@@ -387,7 +389,8 @@ def draw_points(ax, points, centres, reach, levels=None):
         ax.contourf(line, line, levels.numpy(), 15, cmap="RdBu_r", alpha=0.5)
         ax.contour(line, line, levels.numpy(), 15, colors="grey", linewidths=0.3)
     ax.scatter(*centres.T.numpy(), s=70, facecolors="none", edgecolors="black", linewidths=0.6)
-    ax.scatter(*points.T.numpy(), s=2, color="tab:green" if levels is None else "black", linewidths=0)
+    colour = "tab:green" if levels is None else "black"
+    ax.scatter(*points.T.numpy(), s=2, color=colour, linewidths=0)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
 
 
@@ -434,7 +437,7 @@ def save_figure(fig, path):
 
 def print_table(header, rows):
     """A table of text: one row per line, columns aligned."""
-    rows = [[str(cell) for cell in row] for row in [header, *rows]]
+    rows = [["-" if cell == "nan" else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
@@ -469,7 +472,8 @@ def check_finite(step, **losses):
     """Stops the run if a loss is not finite; the last good checkpoint stays as it is."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            fail(f"{name} is {value} at step {step}: stopped, the last checkpoint is kept", status=1)
+            fail(f"{name} is {value} at step {step}: stopped, the last checkpoint is kept",
+                 status=1)
 
 
 @contextlib.contextmanager
@@ -496,7 +500,7 @@ def relative(path):
 
 
 def replace(path, write):
-    """Calls write(temporary file), then renames it to path: a killed run leaves the old file whole."""
+    """Calls write(temporary file), then renames it to path: a kill leaves the old file whole."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -524,7 +528,7 @@ def write_log(path, log):
 
 
 def settings(args):
-    """The flags that decide the numbers, as plain text: a checkpoint is resumed only with the same."""
+    """The flags that decide the numbers, as text: --resume needs the same ones."""
     return {name: str(value) for name, value in vars(args).items()
             if name not in MAY_CHANGE_ON_RESUME}
 
@@ -539,7 +543,7 @@ def save_checkpoint(args, parts, **rest):
 
 
 def load_checkpoint(args):
-    """With --resume, what save_checkpoint last wrote for the same flags; None if there is nothing."""
+    """With --resume, what save_checkpoint last wrote for the same flags; None if nothing."""
     path = args.out / "checkpoint.pt"
     if not args.resume:
         return None

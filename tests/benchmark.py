@@ -1,4 +1,4 @@
-"""Speed and memory, measured here and now: python tests/benchmark.py (a few minutes, nothing else running)."""
+"""Speed and memory, measured here and now: python tests/benchmark.py, with nothing else running."""
 
 import importlib
 import resource
@@ -46,18 +46,21 @@ def loaders():
 def generator_steps():
     """Milliseconds of one G step for each k: absolute, and as a multiple of k = 0."""
     rows = []
-    for name, nets, shape in (("ring", lambda: unrolled.plane_nets(16), (128, 2)),
-                              ("mnist", lambda: unrolled.image_nets(50, 1, 28, 28), (64, 1, 28, 28))):
-        setting = unrolled.SETTINGS["ring" if name == "ring" else "images"]
+    for name, nets, shape in (("ring", unrolled.plane_nets, (2,)),
+                              ("images", lambda d_z: unrolled.image_nets(d_z, 1, 28, 28),
+                               (1, 28, 28))):
+        setting = unrolled.SETTINGS[name]
         for exact in (True, False):
             first = None
             for k in (0, 1, 5, 10):
                 torch.manual_seed(0)
-                G, D = nets()
-                x, z = torch.randn(shape), torch.randn(shape[0], setting["d_z"])
+                G, D = nets(setting["d_z"])
+                x = torch.randn(setting["batch"], *shape)
+                z = torch.randn(setting["batch"], setting["d_z"])
 
                 def step():
-                    loss = unrolled.unrolled_loss_g(D, x, G(z), k, setting["eta"], exact)
+                    loss = unrolled.unrolled_loss_g(D, x, G(z), k, setting["eta"], exact,
+                                                    setting["saturating"])
                     torch.autograd.grad(loss, tuple(G.parameters()))
                 spent = seconds(step)
                 first = first or spent

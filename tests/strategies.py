@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 
 def seeds():
-    """A seed for a torch.Generator: hypothesis does not know torch's random state, so draw it."""
+    """A seed for torch: hypothesis seeds random and numpy but not torch, so the seed is drawn."""
     return st.integers(0, 2**31 - 1)
 
 
@@ -14,5 +14,5 @@ def generator(seed):
 
 
 def normal(seed, *shape):
-    """Standard normal float64: large tensors come from a drawn seed, small ones shrink no better."""
+    """Standard normal float64 tensor of a drawn seed."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)

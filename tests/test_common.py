@@ -19,8 +19,8 @@ unrolled = importlib.import_module("03_unrolled_gan")
 
 def arguments(tmp_path, *flags):
     """The flags of chapter 03 with everything under tmp_path."""
-    return unrolled.parse_args(["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data"),
-                                *map(str, flags)])[0]
+    folders = ["--out", tmp_path / "out", "--data-dir", tmp_path / "data"]
+    return unrolled.parse_args([str(flag) for flag in [*folders, *flags]])[0]
 
 
 def write_mnist(root, n=20):
@@ -47,7 +47,7 @@ def write_folder(folder, n=12, size=(30, 40), mode="RGB"):
 # --- mixtures ----------------------------------------------------------------------------------
 
 def has_distinct_equal_centres(centres, m):
-    """m different centres on one circle, neighbours equally far: the sum of the m gaps is the polygon's."""
+    """m centres on one circle, each as far from its nearest as a regular polygon's corners."""
     gaps = torch.cdist(centres, centres) + 9 * torch.eye(len(centres))
     radius = centres.norm(dim=1)
     chord = 2 * radius.mean() * math.sin(math.pi / m)
@@ -62,15 +62,15 @@ def test_ring_has_m_distinct_equally_spaced_centres(m):
 
 @given(st.integers(3, 40))
 def test_a_ring_whose_ends_meet_is_rejected(m):
-    """The slip of the authors' notebook: linspace(0, 2π, m) gives m - 1 modes, one counted twice."""
+    """The slip of the authors' notebook: linspace(0, 2π, m) gives m - 1 modes, one double."""
     angle = torch.linspace(0, 2 * math.pi, m)
     twin = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
     assert not has_distinct_equal_centres(twin, m)
 
 
 def test_grid_is_centred_and_spaced_by_two():
-    centres = common.grid()
-    assert sorted(centres.tolist()) == [[x, y] for x in (-4, -2, 0, 2, 4) for y in (-4, -2, 0, 2, 4)]
+    line = (-4, -2, 0, 2, 4)
+    assert sorted(common.grid().tolist()) == [[x, y] for x in line for y in line]
 
 
 @given(seeds())
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_is_named(bad, capsys):
     common.check_finite(3, loss_d=1.0)
     with pytest.raises(SystemExit) as stop:
         common.check_finite(4, loss_d=1.0, loss_g=bad)
-    assert stop.value.code == 1 and "loss_g" in (error := capsys.readouterr().err) and "step 4" in error
+    assert stop.value.code == 1 and f"loss_g is {bad} at step 4" in capsys.readouterr().err
 
 
 def test_first_ctrl_c_only_asks_the_second_stops():

@@ -33,7 +33,8 @@ def test_quick_run(script, tmp_path, digits_dir):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_chapter_and_every_flag_is_used(script):
-    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, ROOT / script, "--help"],
+                            capture_output=True, text=True)
     source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
     assert result.returncode == 0 and "Idea" in result.stdout
     for flag in re.findall(r"^  (?:-\w, )?--([a-z-]+)", result.stdout, re.MULTILINE):
@@ -43,6 +44,7 @@ def test_help_shows_the_chapter_and_every_flag_is_used(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_does_nothing(script, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); __import__({script[:-3]!r})"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
+                            capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
