@@ -375,7 +375,7 @@ def load_digits(args, train):
 def draw_images(ax, x, columns=8):
     """Pictures uint8 [N, C, H, W] as a grid with `columns` columns."""
     picture = make_grid(x.cpu(), nrow=columns, padding=1, pad_value=128)
-    ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
+    ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.axis("off")
 
 
