@@ -74,9 +74,9 @@ def unroll(D, x, x_fake, k, eta, exact=True):
 
 
 def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
-    """f(θ_G, θ_D^k(θ_G)), to be minimised by G (section 2.2). k = 0 is the plain GAN.
+    """f(θ_G, θ_D^k(θ_G)), to be minimised by G. k = 0 is the plain GAN.
 
-    exact: the gradient also flows through θ_D^k, so G feels how D will answer (section 2.3).
+    exact: the gradient also flows through θ_D^k, so G feels how D will answer.
     Otherwise "rollback": G steps against the D of k steps ahead as if it stood there for ever,
     which is what training a copy of D and putting the old one back does.
     saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
