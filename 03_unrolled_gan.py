@@ -80,7 +80,7 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     Otherwise "rollback": G steps against the D of k steps ahead as if it stood there for ever,
     which is what training a copy of D and putting the old one back does.
     saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
-    D is sure of itself: on pictures D is, and f freezes (it reaches -0.0001 within 200 steps).
+    D is sure of itself: on pictures D soon is, and f freezes near 0.
     """
     theta = unroll(D, x, x_fake, k, eta, exact)
     if saturating:
@@ -93,7 +93,8 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
 def plane_nets(d_z):
     """Plane points. G: d_z -> 2; D: a single hidden layer on x / 4. ReLU, orthogonal start.
 
-    With tanh or a deeper D the plain GAN does not collapse, and there is nothing to show.
+    With a second hidden layer in D the plain GAN does not collapse (8 of 8 modes, 88 % good, seed
+    0), and there is nothing to show; with tanh for ReLU it still does (2 modes).
     """
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
@@ -120,8 +121,8 @@ class Scale(nn.Module):
 def image_nets(d_z, c, h, w):
     """The coursework's networks: for MNIST G has 675,025 parameters and D 1,460,225.
 
-    Added: batch norm without parameters in G and a normal start of 0.02; without the two G gave
-    one and the same blot for every z, with any k.
+    Added: batch norm without parameters in G and a normal start of 0.02; without the two no digits
+    came in 1,500 steps, only blots, nearly the same for every z.
     """
     def norm(channels, kind):
         return kind(channels, affine=False, track_running_stats=False)
