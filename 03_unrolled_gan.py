@@ -29,16 +29,15 @@ from torch.nn import functional as F
 import common
 
 SETTINGS = {  # one setting for every k; both rates fall to 0 along a cosine
-    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, eta=0.1,
+    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5, eta=0.1,
                  saturating=True),
-    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, eta=0.1,
+    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5, eta=0.1,
                  saturating=True),
     # a step of eta moves D(x) by about eta |x|^2, and |x|^2 is near 784: eta must be small here
-    "images": dict(k=[0, 2], steps=800, batch=64, d_z=50, lr_g=1e-3, lr_d=5e-4, eta=0.005,
-                   saturating=False),
+    "images": dict(k=[0, 2], steps=1500, batch=64, d_z=50, lr_g=5e-4, lr_d=5e-4, beta1=0.0,
+                   eta=0.005, saturating=False),
 }
 D_HIDDEN = 512
-ADAM_BETAS = (0.5, 0.999)
 N_SAMPLES = 10_000                     # for the numbers and samples_k{k}.pt
 SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)   # shares of the training after which a picture is kept
 
@@ -139,15 +138,15 @@ def image_nets(d_z, c, h, w):
         nn.ConvTranspose2d(8, c, kernel_size=3, padding=1), nn.Tanh())       # [B, C, H, W]
     D = nn.Sequential(
         nn.Flatten(),
-        nn.Linear(c * h * w, 1024), nn.LeakyReLU(0.2), nn.Dropout(0.3),
-        nn.Linear(1024, 512), nn.LeakyReLU(0.2), nn.Dropout(0.3),
-        nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.3),
+        nn.Linear(c * h * w, 1024), nn.LeakyReLU(0.2), nn.Dropout(0.1),
+        nn.Linear(1024, 512), nn.LeakyReLU(0.2), nn.Dropout(0.1),
+        nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.1),
         nn.Linear(256, 1), nn.Flatten(0))                                    # [B]
     for layer in [*G, *D]:
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return G, D
+    return G.to(memory_format=torch.channels_last), D  # its few channels run faster side by side
 
 
 # --- data and measures -------------------------------------------------------------------------
@@ -253,8 +252,9 @@ def train(args, setting, task, k, device, saved, done):
     """
     torch.manual_seed(args.seed)  # every k starts from the same networks
     G, D = (net.to(device) for net in task.nets())
-    opt_g = torch.optim.Adam(G.parameters(), lr=setting["lr_g"], betas=ADAM_BETAS, fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), lr=setting["lr_d"], betas=ADAM_BETAS, fused=True)
+    betas = setting["beta1"], 0.999
+    opt_g = torch.optim.Adam(G.parameters(), lr=setting["lr_g"], betas=betas, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), lr=setting["lr_d"], betas=betas, fused=True)
     rate_g = torch.optim.lr_scheduler.CosineAnnealingLR(opt_g, args.steps)
     rate_d = torch.optim.lr_scheduler.CosineAnnealingLR(opt_d, args.steps)
     parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)

@@ -436,11 +436,17 @@ def save_figure(fig, path):
 # --- numbers, progress -------------------------------------------------------------------------
 
 def print_table(header, rows):
-    """A table of text: one row per line, columns aligned."""
-    rows = [["-" if cell == "nan" else str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+    """A table of text, one row per line: numbers to the right, words to the left."""
+    def is_number(cell):
+        return cell.replace(",", "").lstrip("-").replace(".", "", 1)[:1].isdigit() or cell == "-"
+
+    rows = [["-" if cell == "nan" else str(cell) for cell in row] for row in rows]
+    lines = [""] * (len(rows) + 1)
+    for column in zip(header, *rows):
+        width = max(map(len, column))
+        align = str.rjust if all(map(is_number, column[1:])) else str.ljust
+        lines = [line + align(cell, width) + "  " for line, cell in zip(lines, column)]
+    print("\n".join(line.rstrip() for line in lines))
 
 
 def progress(label, total, per_step, first=0):

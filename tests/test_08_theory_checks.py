@@ -1,0 +1,553 @@
+"""Chapter 08: the functions that students paste, against oracles that share no code with them.
+
+A property is a function of the implementation, so that its wrong twin can be put in its place.
+Rounding: a sum of n products is off by at most n EPS Σ |terms| (Higham 2002, section 3.1), in each
+of the two computations that are compared.
+"""
+
+import importlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings, strategies as st
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torchvision import models
+
+from strategies import generator, normal, seeds
+
+theory = importlib.import_module("08_theory_checks")
+EPS = torch.finfo(torch.float64).eps
+SLOW = {"batch-doubling", "change-of-variables", "glo-no-prior", "grad-accumulate",
+        "grad-accumulate-sgd", "moments-not-gaussian", "spectral"}
+
+
+def rejected(prop, twin, *cases):
+    """The property fails for the wrong twin in at least one of the cases."""
+    failures = 0
+    for case in cases:
+        try:
+            prop(twin, *case)
+        except AssertionError:
+            failures += 1
+    return failures > 0
+
+
+def close(a, b, bound):
+    """|a - b| <= bound, entry by entry."""
+    difference = (torch.as_tensor(a, dtype=torch.float64) - b).abs()
+    assert (difference <= bound).all(), f"off by {difference.max():.2e}, bound {bound}"
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+@given(st.sampled_from([name for name in theory.CLAIMS if name not in SLOW]), seeds())
+@settings(max_examples=150)
+def test_a_verdict_does_not_depend_on_the_seed(name, seed):
+    outcome, right = theory.run(name, [seed])
+    note(f"{name}: {outcome}")
+    assert right == 1
+
+
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_a_slow_verdict_is_as_expected(name):
+    assert theory.run(name, [123])[1] == 1
+
+
+def test_every_claim_says_what_where_from_and_why():
+    for name, claim in theory.CLAIMS.items():
+        assert len(claim.check.__doc__.split()) >= 20, name
+        assert theory.statement(claim.check).endswith((".", ")")), name
+
+
+def test_a_wrong_verdict_ends_with_status_one(tmp_path, monkeypatch, capsys):
+    wrong = theory.CLAIMS["depth-numbers"]._replace(holds=False)
+    monkeypatch.setitem(theory.CLAIMS, "depth-numbers", wrong)
+    flags = ["--only", "depth-numbers", "relu-dead", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        theory.main(flags)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and "depth-numbers" in err and "relu-dead" not in err
+    assert "refuted expected" in out
+
+
+def test_only_and_list(tmp_path, capsys):
+    theory.main(["--only", "double-sigmoid", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "1.0064, 0.6931" in out and "saturation" not in out and not list(tmp_path.iterdir())
+    theory.main(["--list"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in theory.CLAIMS)
+    with pytest.raises(SystemExit) as stop:
+        theory.main(["--only", "no-such-claim"])
+    assert stop.value.code == 2 and "no-such-claim" in capsys.readouterr().err
+
+
+# --- receptive fields --------------------------------------------------------------------------
+
+def layer_stacks():
+    """Up to four layers; kernels to 5, strides to 4 (so also larger than the kernel), dilations to
+    3: inputs stay under 2,000 pixels."""
+    return st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3),
+                              st.integers(1, 3)), max_size=4)
+
+
+def field_is_what_moves_the_output(field, layers):
+    """Oracle: bump one input after the other, see which outputs move; all weights positive."""
+    size, stride, padding = field(layers)
+    n = size + 4 * stride + 2 * padding
+    outputs = torch.eye(n, dtype=torch.float64)[:, None]  # one bump in each row
+    for kernel, s, p, d in layers:
+        outputs = F.avg_pool1d(F.pad(outputs, (p, p)), kernel, s) if d == 1 else F.conv1d(
+            outputs, torch.ones(1, 1, kernel).double(), stride=s, padding=p, dilation=d)
+    for j in range(outputs.shape[2]):
+        moved = outputs[:, 0, j].nonzero()
+        first, last = j * stride - padding, j * stride - padding + size - 1
+        if first >= 0 and last < n:
+            assert (moved.min().item(), moved.max().item()) == (first, last)
+            return
+    raise AssertionError("no output sees a whole field inside the picture")
+
+
+@given(layer_stacks())
+def test_receptive_field_is_what_moves_the_output(layers):
+    field_is_what_moves_the_output(theory.receptive_field, layers)
+
+
+def field_without_strides(layers):
+    return (1 + sum(d * (k - 1) for k, _, _, d in layers), math.prod(s for _, s, _, _ in layers),
+            sum(p for _, _, p, _ in layers))
+
+
+def field_stride_too_early(layers):
+    size, stride, padding = 1, 1, 0
+    for k, s, p, d in layers:
+        stride *= s
+        size, padding = size + d * (k - 1) * stride, padding + p * stride
+    return size, stride, padding
+
+
+@pytest.mark.parametrize("twin", [field_without_strides, field_stride_too_early])
+def test_wrong_receptive_fields_are_rejected(twin):
+    assert rejected(field_is_what_moves_the_output, twin, [[(3, 2, 1, 1), (3, 2, 1, 1)]])
+
+
+@given(layer_stacks(), layer_stacks())
+def test_two_stacks_are_one(a, b):
+    """The stack is a layer: fields of a then b compose as (size, stride, padding) of two layers."""
+    first, second = theory.receptive_field(a), theory.receptive_field(b)
+    assert theory.receptive_field(a + b) == theory.receptive_field(
+        [(*first, 1), (*second, 1)])
+
+
+def layers_of(modules):
+    """(kernel, stride, padding, dilation) of torchvision's convolutions and poolings, in order."""
+    found = [m for m in modules
+             if isinstance(m, (torch.nn.Conv2d, torch.nn.MaxPool2d))]
+    return [tuple(v[0] if isinstance(v, tuple) else v
+                  for v in (m.kernel_size, m.stride, m.padding, m.dilation)) for m in found]
+
+
+def test_layer_lists_are_torchvisions_networks():
+    with torch.device("meta"):
+        assert layers_of(models.vgg16().features) == theory.VGG_16
+        assert layers_of(models.vgg11().features) == theory.VGG_A
+        alexnet = layers_of(models.alexnet().features)
+        resnet = models.resnet50()
+    assert [layer[:2] for layer in alexnet] == [layer[:2] for layer in theory.ALEXNET]
+    assert theory.receptive_field(alexnet)[0] == 195
+    stem = [resnet.conv1, resnet.maxpool]
+    blocks = [m for i in range(1, 5) for block in getattr(resnet, f"layer{i}")
+              for m in (block.conv1, block.conv2, block.conv3)]
+    assert theory.receptive_field(layers_of(stem + blocks))[0] == 427
+
+
+# --- convolution -------------------------------------------------------------------------------
+
+@st.composite
+def convolutions(draw):
+    """Sizes of a convolution: 1x1 to 4x3 kernels, stride up to 4 (over the kernel's size), padding,
+    dilation, groups, not square; numbers or pairs."""
+    groups = draw(st.integers(1, 3))
+    out_per_group, in_per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 3)))
+    number_or_pair = lambda low, high: st.one_of(
+        st.integers(low, high), st.tuples(st.integers(low, high), st.integers(low, high)))
+    stride, padding, dilation = (draw(number_or_pair(*r)) for r in ((1, 4), (0, 3), (1, 3)))
+    d = (dilation, dilation) if isinstance(dilation, int) else dilation
+    height, width = (max(1, d[i] * (kernel[i] - 1) + 1 + draw(st.integers(0, 5)))
+                     for i in range(2))
+    shapes = ((draw(st.integers(1, 3)), groups * in_per_group, height, width),
+              (groups * out_per_group, in_per_group, *kernel))
+    return shapes, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def conv_gradients_are_autograds(grads, case, seed):
+    """The bound is the same sum over absolute values, times 2 n EPS; n = its number of terms."""
+    (x_shape, w_shape), kind = case
+    x, w = normal(seed, *x_shape).requires_grad_(), normal(seed + 1, *w_shape).requires_grad_()
+    y = F.conv2d(x, w, **kind)
+    g = normal(seed + 2, *y.shape)
+    exact = torch.autograd.grad(y, (x, w), g)
+    x, w = x.detach(), w.detach()
+    got = grads(x, w, g, kind)
+    sizes = grads(x.abs(), w.abs(), g.abs(), kind)
+    terms = w[:, 0].numel(), g[:, 0].numel()
+    for a, b, size, n in zip(got, exact, sizes, terms):
+        assert a.shape == b.shape
+        close(a, b, 2 * n * EPS * size)
+
+
+def conv_grads(x, w, g, kind):
+    return (theory.conv2d_grad_input(x.shape, w, g, **kind),
+            theory.conv2d_grad_weight(x, w.shape, g, **kind))
+
+
+@given(convolutions(), seeds())
+@settings(max_examples=max(200, settings().max_examples))
+def test_convolution_gradients_are_autograds(case, seed):
+    conv_gradients_are_autograds(conv_grads, case, seed)
+
+
+TWINS = {
+    "kernel not turned": lambda x, w, g, kind: (
+        conv_grads(x, w.flip(2, 3), g, kind)[0], conv_grads(x, w, g, kind)[1]),
+    "weight turned": lambda x, w, g, kind: (
+        conv_grads(x, w, g, kind)[0], conv_grads(x, w, g, kind)[1].flip(2, 3)),
+    "dilation ignored": lambda x, w, g, kind: (
+        F.pad(theory.conv2d_grad_input((*x.shape[:2], *(n - 2 for n in x.shape[2:])), w, g),
+              (0, 2, 0, 2)), conv_grads(x, w, g, kind)[1]),
+    "mean over the batch": lambda x, w, g, kind: (
+        conv_grads(x, w, g, kind)[0], conv_grads(x, w, g / len(x), kind)[1]),
+}
+
+
+@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+def test_wrong_convolution_gradients_are_rejected(twin):
+    case = ((2, 2, 7, 7), (3, 2, 2, 2)), dict(stride=1, padding=0, dilation=3, groups=1)
+    smaller = ((2, 2, 7, 7), (3, 2, 3, 3)), dict(stride=1, padding=0, dilation=2, groups=1)
+    assert rejected(conv_gradients_are_autograds, twin, (smaller, 0), (case, 0))
+
+
+# --- the other layers --------------------------------------------------------------------------
+
+def dropout_average_is_exact(average, seed, n, p):
+    """E dropout(x) = x and E (Σ dropout(x))² = (Σ x)² + p / (1 - p) Σ x², in closed form."""
+    x = normal(seed, n)
+    bound = 2 ** n * 4 * n * EPS * (x.abs().sum() / (1 - p)) ** 2 + 4 * n * EPS
+    close(average(x, p), x, bound)
+    close(average(x, p, lambda x: x.sum() ** 2),
+          x.sum() ** 2 + p / (1 - p) * x.pow(2).sum(), bound)
+
+
+@given(seeds(), st.integers(1, 6), st.floats(0, 0.9))
+def test_dropout_mask_average_is_exact(seed, n, p):
+    dropout_average_is_exact(theory.dropout_mask_average, seed, n, p)
+
+
+def average_without_scale(x, p, f=lambda x: x):
+    return theory.dropout_mask_average(x * (1 - p), p, f)
+
+
+def average_of_equal_masks(x, p, f=lambda x: x):
+    masks = itertools.product((0, 1), repeat=len(x))
+    return sum(f(x * torch.tensor(m) / (1 - p)) for m in masks) / 2 ** len(x)
+
+
+@pytest.mark.parametrize("twin", [average_without_scale, average_of_equal_masks])
+def test_wrong_dropout_averages_are_rejected(twin):
+    assert rejected(dropout_average_is_exact, twin, (0, 3, 0.3))
+
+
+@given(seeds(), st.integers(1, 6), st.integers(1, 5))
+def test_self_attention_is_torchs(seed, n, d):
+    x, *w = normal(seed, n, d), *normal(seed + 1, 3, d, d)
+    q, k, v = (x @ one for one in w)
+    expected = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+    # softmax turns an error e of its logits into 2 e of its weights; the logits are sums of d terms
+    logits = (q.abs() @ k.abs().T).max()
+    bound = 8 * (n + d) * EPS * (1 + logits) * v.abs().max()
+    close(theory.self_attention(x, *w)[0], expected, bound)
+
+
+@given(st.sets(st.integers(0, 12), min_size=1), st.sets(st.integers(0, 12), min_size=1))
+def test_dice_from_iou_counts_right(a, b):
+    dice = theory.dice_from_iou(len(a & b) / len(a | b))
+    assert_close(dice, 2 * len(a & b) / (len(a) + len(b)), rtol=4 * EPS, atol=0)
+
+
+# --- optimisation ------------------------------------------------------------------------------
+
+def mlp_gradients_are_autograds(grads, seed, sizes, lam):
+    """Forward errors n EPS Σ |terms| go through softmax (2 e) and back through |W|: the bound."""
+    b, d, h, k = sizes
+    x, y = normal(seed, b, d), torch.randint(k, (b,), generator=generator(seed))
+    w1, b1, w2, b2 = (normal(seed + i, *s) for i, s in enumerate(((h, d), (h,), (k, h), (k,)), 1))
+    leaves = {"x": x, "W1": w1, "b1": b1, "W2": w2, "b2": b2}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    hidden = (x @ w1.T + b1).relu()
+    loss = (F.nll_loss((hidden @ w2.T + b2).log_softmax(1), y)
+            + lam / 2 * (torch.linalg.matrix_norm(w1) ** 2 + torch.linalg.matrix_norm(w2) ** 2))
+    exact = dict(zip(leaves, torch.autograd.grad(loss, tuple(leaves.values()))))
+    with torch.no_grad():
+        size_a1 = x.abs() @ w1.abs().T + b1.abs()
+        size_a2 = size_a1 @ w2.abs().T + b2.abs()
+        d_a2 = 1 + 2 * size_a2.amax(1, keepdim=True).expand(b, k)  # in units of EPS n / B, at most
+        d_a1 = d_a2 @ w2.abs()
+        bounds = {"x": d_a1 @ w1.abs(), "W1": d_a1.T @ x.abs() + b * lam * w1.abs(),
+                  "b1": d_a1.sum(0), "W2": d_a2.T @ size_a1 + b * lam * w2.abs(), "b2": d_a2.sum(0)}
+        got = grads(x, y, w1, b1, w2, b2, lam)
+        assert got.keys() == exact.keys()
+        for name in exact:
+            close(got[name], exact[name], 4 * (b + d + h + k) * EPS * bounds[name] / b)
+
+
+sizes = st.tuples(*4 * [st.integers(1, 6)])
+
+
+@given(seeds(), sizes, st.floats(0, 2))
+def test_mlp_gradients_are_autograds(seed, sizes, lam):
+    mlp_gradients_are_autograds(theory.mlp_grads, seed, sizes, lam)
+
+
+def mlp_wrong_regulariser(x, y, w1, b1, w2, b2, lam):
+    grads = theory.mlp_grads(x, y, w1, b1, w2, b2, 0)
+    return {**grads, "W1": grads["W1"] + lam * w1.norm(), "W2": grads["W2"] + lam * w2.norm()}
+
+
+def mlp_sum_over_the_batch(x, *rest):
+    return {name: g * len(x) for name, g in theory.mlp_grads(x, *rest).items()}
+
+
+@pytest.mark.parametrize("twin", [mlp_wrong_regulariser, mlp_sum_over_the_batch])
+def test_wrong_mlp_gradients_are_rejected(twin):
+    assert rejected(mlp_gradients_are_autograds, twin, (0, (4, 3, 5, 3), 0.5))
+
+
+def differences_are_the_gradient(differences, seed, n, eps):
+    """f = Σ a sin(b x): the error is at most eps² |f'''| / 6 and the rounding of f and of x ± eps
+    over eps; f''' = -a b³ cos, at most |a b³|."""
+    a, b, x = normal(seed, 3, n)
+    got = differences(lambda x: (a * (b * x).sin()).sum(), x, eps)
+    cut = eps ** 2 / 6 * (a * b ** 3).abs()
+    rounding = 4 * EPS * (n * a.abs().sum() + (a * b).abs() * (x.abs() + 1)) / eps
+    close(got, a * b * (b * x).cos(), cut + rounding)
+
+
+@given(seeds(), st.integers(1, 8), st.floats(1e-7, 1e-2))
+def test_numeric_gradient_is_the_gradient(seed, n, eps):
+    differences_are_the_gradient(theory.numeric_grad, seed, n, eps)
+
+
+def forward_differences(f, x, eps):
+    return torch.stack([(f(x + eps * one) - f(x)) / eps for one in torch.eye(len(x)).to(x)])
+
+
+def without_the_two(f, x, eps):
+    return 2 * theory.numeric_grad(f, x, eps)
+
+
+@pytest.mark.parametrize("twin", [forward_differences, without_the_two])
+def test_wrong_differences_are_rejected(twin):
+    assert rejected(differences_are_the_gradient, twin, (0, 4, 1e-4))
+
+
+# --- generative models -------------------------------------------------------------------------
+
+def log_prob_is_the_jacobians(log_prob, seed, d, depth):
+    """log N(z) - log |det ∂M/∂z| with M from z to x written again and its Jacobian by autograd."""
+    torch.manual_seed(seed)
+    layers, z = theory.random_coupling(d, depth), normal(seed, d)
+
+    def M(z):
+        for mask, scale, shift in layers:
+            kept = (mask * z)[None]
+            z = torch.where(mask == 1, z, z * scale(kept)[0].exp() + shift(kept)[0])
+        return z
+
+    jacobian = torch.autograd.functional.jacobian(M, z)
+    expected = (torch.distributions.Normal(0, 1).log_prob(z).sum().item()
+                - torch.linalg.slogdet(jacobian).logabsdet.item())
+    # going back divides by scales of e^-1/2 to e^1/2: errors of x grow by the Jacobian's condition
+    bound = 100 * d * (depth + 1) * EPS * torch.linalg.cond(jacobian) * (1 + z.abs().max()) ** 2
+    close(log_prob(M(z)[None], layers)[0], expected, bound)
+
+
+@given(seeds(), st.integers(2, 5), st.integers(0, 5))
+def test_coupling_density_is_the_jacobians(seed, d, depth):
+    log_prob_is_the_jacobians(theory.coupling_log_prob, seed, d, depth)
+
+
+def log_prob_other_sign(x, layers):
+    inside = theory.coupling_log_prob(x, [(m, lambda k: 0 * k, lambda k: 0 * k)
+                                          for m, _, _ in layers])
+    return 2 * inside - theory.coupling_log_prob(x, layers)
+
+
+def log_prob_wrong_order(x, layers):
+    return theory.coupling_log_prob(x, layers[::-1])
+
+
+@pytest.mark.parametrize("twin", [log_prob_other_sign, log_prob_wrong_order])
+def test_wrong_coupling_densities_are_rejected(twin):
+    assert rejected(log_prob_is_the_jacobians, twin, (0, 3, 3))
+
+
+def variance_is_the_integral(variance, limit):
+    """Oracle: Gauss-Legendre with 100 nodes, exact to rounding for limits up to 8; values in [0, 1]
+    come from 1 - (a number below 1), so they carry a few EPS absolutely."""
+    nodes, weights = np.polynomial.legendre.leggauss(100)
+    density = weights * np.exp(-(limit * nodes) ** 2 / 2)
+    close(variance(limit), (density * (limit * nodes) ** 2).sum() / density.sum(), 100 * EPS)
+
+
+@given(st.floats(0.05, 8))
+def test_truncated_variance_is_the_integral(limit):
+    variance_is_the_integral(theory.truncated_normal_variance, limit)
+
+
+@pytest.mark.parametrize("twin", [lambda t: 1.0, lambda t: 1 - 2 * t * math.exp(-t * t / 2)
+                                  / math.sqrt(2 * math.pi) / (1 + math.erf(t / 2 ** 0.5))])
+def test_wrong_truncated_variances_are_rejected(twin):
+    assert rejected(variance_is_the_integral, twin, (1.0,))
+
+
+def merge_is_the_joined_batch(merge, seed, counts):
+    """Variances are of numbers near offset: their rounding is that of the squares."""
+    parts = [3 * i + normal(seed + i, n, 2) for i, n in enumerate(counts)]
+    joined = torch.cat(parts)
+    mean, variance = merge(torch.tensor(counts).double(), torch.stack([p.mean(0) for p in parts]),
+                           torch.stack([p.var(0, correction=0) for p in parts]))
+    bound = 8 * len(joined) * EPS * joined.abs().max() ** 2 + 8 * len(joined) * EPS
+    close(mean, joined.mean(0), bound)
+    close(variance, joined.var(0, correction=0), bound)
+
+
+@given(seeds(), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_merged_statistics_are_those_of_the_joined_batch(seed, counts):
+    merge_is_the_joined_batch(theory.merge_batch_statistics, seed, counts)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda n, m, v: (theory.merge_batch_statistics(n, m, v)[0], v.mean(0)),
+    lambda n, m, v: theory.merge_batch_statistics(torch.ones_like(n), m, v)])
+def test_wrong_merges_are_rejected(twin):
+    assert rejected(merge_is_the_joined_batch, twin, (0, [2, 5, 3]))
+
+
+@given(seeds(), st.integers(1, 5))
+def test_kl_is_torchs_and_zero_only_at_the_prior(seed, d):
+    torch.manual_seed(seed)
+    mu, sigma = normal(seed, d), theory.random_covariance(d)
+    normals = torch.distributions.MultivariateNormal
+    expected = torch.distributions.kl_divergence(normals(mu, sigma), normals(0 * mu, torch.eye(d)
+                                                                             .double()))
+    kl = theory.kl_standard_normal(mu, sigma)
+    # eigenvalues of 0.1 and more: the Cholesky factors lose a condition number
+    close(kl, expected, 20 * d * EPS * torch.linalg.cond(sigma) * (1 + sigma.trace() + mu @ mu))
+    assert kl > 0 == theory.kl_standard_normal(0 * mu, torch.eye(d).double())
+
+
+@given(seeds(), st.integers(1, 8), st.booleans())
+def test_jensen_shannon_is_symmetric_and_between_zero_and_log_two(seed, n, sharp):
+    p, q = ((30 if sharp else 1) * normal(seed, 2, n)).softmax(1)
+    jsd, m = theory.jensen_shannon(p, q), (p + q) / 2
+    by_torch = (F.kl_div(m.log(), p, reduction="sum") + F.kl_div(m.log(), q, reduction="sum")) / 2
+    close(jsd, by_torch, 20 * n * EPS * (1 + m.log().abs().max()))
+    close(jsd, theory.jensen_shannon(q, p), 4 * n * EPS)
+    assert -4 * n * EPS <= jsd <= math.log(2) + 4 * n * EPS
+
+
+@given(seeds(), st.integers(1, 5))
+def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
+    x, y = normal(seed, 2, n)
+    cheapest = min((x - y[list(order)]).abs().mean() for order in itertools.permutations(range(n)))
+    close(theory.wasserstein_1d(x, y), cheapest, 4 * n * EPS * (x.abs() + y.abs()).max())
+
+
+@given(st.floats(0.001, 0.5), st.integers(0, 8), st.booleans())
+def test_determinants_of_the_bilinear_game(eta, k, exact):
+    """Exact 1 - (2k - 1) η², rollback 1 - (k - 1) η²; both are 1 + η² at k = 0; alternating adds
+    -η² times the row of x."""
+    expected = 1 - ((2 * k - 1 if exact else k - 1) * eta ** 2)
+    got = theory.bilinear_determinant(eta, k, exact)
+    assert_close(got, expected, rtol=0, atol=20 * (1 + k) * EPS)
+
+
+@given(seeds(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50))
+def test_power_iteration_stays_below_the_largest_singular_value(seed, rows, columns, n_iter):
+    w, u = normal(seed, rows, columns), F.normalize(normal(seed + 1, rows), dim=0)
+    largest = torch.linalg.svdvals(w)[0]
+    sigma = [theory.power_iteration(w, n, u) for n in (n_iter, n_iter + 1)]
+    rounding = 20 * (rows + columns) * EPS * largest
+    assert sigma[0] <= sigma[1] + rounding <= largest + 2 * rounding
+
+
+@given(seeds(), st.integers(1, 4), st.integers(1, 5))
+def test_gradient_penalty_of_a_quadratic_critic(seed, b, d):
+    """f(x) = xᵀA x / 2 with symmetric A has the gradient A x."""
+    x, a = normal(seed, b, d), normal(seed + 1, d, d)
+    a = a + a.T
+    expected = sum((math.dist(a @ one, torch.zeros(d)) - 1) ** 2 for one in x) / b
+    size = ((x.abs() @ a.abs()).norm(dim=1) + 1).max() ** 2
+    close(theory.gradient_penalty(lambda x: ((x @ a) * x).sum(1) / 2, x), expected,
+          20 * (b + d) * EPS * size)
+
+
+@given(seeds(), st.integers(1, 20), st.integers(1, 6), st.floats(0, 20))
+def test_inception_score_is_exp_of_mutual_information_within_its_bounds(seed, n, k, sharpness):
+    probs = (sharpness * normal(seed, n, k)).softmax(1)
+    score = theory.inception_score(probs)
+    p_y = probs.mean(0)
+    information = (torch.distributions.Categorical(p_y).entropy()
+                   - torch.distributions.Categorical(probs).entropy().mean())
+    # Categorical clamps probabilities at EPS: p log p is then off by up to EPS log(1 / EPS) = 36 EPS
+    close(score.log(), information, 100 * k * EPS)
+    assert 1 - 20 * k * EPS <= score <= k * (1 + 20 * k * EPS)
+
+
+@given(seeds(), st.integers(1, 5))
+def test_frechet_distance_of_any_two_gaussians(seed, d):
+    """Oracle: tr (A B)^½ from the eigenvalues of A B, which is not symmetric."""
+    torch.manual_seed(seed)
+    mu_a, mu_b = normal(seed, 2, d)
+    a, b = theory.random_covariance(d), theory.random_covariance(d)
+    cross = torch.linalg.eigvals(a @ b).real.sqrt().sum()
+    expected = (mu_a - mu_b).pow(2).sum() + a.trace() + b.trace() - 2 * cross
+    # eigenvalues of A B are good to cond of the eigenvectors, at most the root of cond(A)
+    bound = 100 * d * EPS * torch.linalg.cond(a) * torch.linalg.cond(b) * (1 + expected + a.trace())
+    close(theory.frechet_distance(mu_a, a, mu_b, b), expected, bound)
+    close(theory.frechet_distance(mu_b, b, mu_a, a), expected, bound)
+    turn = torch.linalg.qr(normal(seed + 1, d, d))[0]
+    close(theory.frechet_distance(turn @ mu_a, turn @ a @ turn.T, turn @ mu_b, turn @ b @ turn.T),
+          expected, bound)
+
+
+@given(seeds(), st.integers(2, 30), st.floats(0.1, 5), st.floats(-3, 3))
+def test_moments_do_not_move_with_scale_and_shift_as_they_should(seed, n, scale, shift):
+    """mean -> s mean + c, variance -> s² variance, kurtosis stays; and numpy agrees."""
+    z = normal(seed, n, 1)
+    moved = theory.moments(scale * z + shift)
+    by_numpy = z.numpy()
+    mean, variance = by_numpy.mean(), by_numpy.var()
+    kurtosis = ((by_numpy - mean) ** 4).mean() / variance ** 2
+    # centring loses (1 + |shift| / spread) digits' worth, and the fourth power four times that
+    bound = 100 * n * EPS * (1 + (abs(shift) + 1) / scale / variance ** 0.5) ** 2
+    close(moved[0], scale * mean + shift, bound * (scale + abs(shift)))
+    close(moved[1], scale ** 2 * variance, bound * scale ** 2 * (1 + variance))
+    close(moved[2], kurtosis, bound * kurtosis)
+
+
+@given(seeds(), st.integers(1, 6), st.integers(1, 6))
+def test_mmd_is_the_double_sum(seed, n, m):
+    x, y = normal(seed, n), normal(seed + 1, m)
+    u, v = normal(seed + 2, n).softmax(0), normal(seed + 3, m).softmax(0)
+    points, weights = [*x.tolist(), *y.tolist()], [*u.tolist(), *(-v).tolist()]
+    expected = sum(a * b / (1 + (p - q) ** 2) for (p, a), (q, b)
+                   in itertools.product(zip(points, weights), repeat=2))
+    close(theory.mmd_imq(x, u, y, v), expected, 8 * (n + m) ** 2 * EPS)
+    close(theory.mmd_imq(x, u, x, u), 0, 8 * (n + m) ** 2 * EPS)
