@@ -60,15 +60,33 @@ def whole_number(text):
     return int(text)
 
 
+def number(text):
+    """A float, or nan if the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def positive_float(text):
     """argparse type: a finite number > 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not 0 < number(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return float(text)
+
+
+def not_negative(text):
+    """argparse type: a finite number >= 0."""
+    if not 0 <= number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return float(text)
+
+
+def share(text):
+    """argparse type: a number in [0, 1]."""
+    if not 0 <= number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
 
 
 def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (drawn, no download), "
@@ -239,12 +257,13 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def batches(x, batch_size, seed, step=0):
-    """Endless shuffled batches (float, in [-1, 1]) of the uint8 tensor x, from number `step` on.
+def batches(images, batch_size, seed, step=0):
+    """Endless shuffled batches (x float in [-1, 1], y or None) of Images, from number `step` on.
 
     The order depends on `seed` and the step alone, so a resumed run sees what the straight run saw.
     A last batch that is not full is left out.
     """
+    x, y, _ = images
     batch_size = min(batch_size, len(x))
     per_epoch = len(x) // batch_size
     while True:
@@ -252,7 +271,7 @@ def batches(x, batch_size, seed, step=0):
         shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(x), generator=shuffle).to(x.device)
         for chosen in order.split(batch_size)[first:per_epoch]:
-            yield to_float(x[chosen])
+            yield to_float(x[chosen]), None if y is None else y[chosen]
         step = (epoch + 1) * per_epoch
 
 

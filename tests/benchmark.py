@@ -36,7 +36,7 @@ def seconds(run, least=1.0):
 def loaders():
     """Images/s into float batches of 64 from 60,000 pictures of MNIST's shape."""
     x = torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8)
-    stream = common.batches(x, 64, seed=0)
+    stream = common.batches(common.Images(x, None, "noise"), 64, seed=0)
     ours = 64 / seconds(lambda: next(stream))
     loader = DataLoader(TensorDataset(x), batch_size=64, shuffle=True)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))

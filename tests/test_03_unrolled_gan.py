@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import common
+from harness import killed_after, results, same
 from strategies import generator, normal, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
@@ -213,11 +214,7 @@ def test_class_report_finds_copies_of_training_pictures(seed, chosen):
 
 def run(out, *flags):
     unrolled.main(["--quick", "--steps", "12", "-k", "0", "2", "--out", str(out), *flags])
-    return [torch.load(out / f"samples_k{k}.pt") for k in (0, 2)] + [(out / "log.csv").read_text()]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in zip(a, b))
+    return results(out)
 
 
 @pytest.fixture(scope="module")
@@ -231,46 +228,27 @@ def test_same_seed_same_numbers_other_seed_others(tmp_path, straight):
 
 
 @pytest.mark.parametrize("deaths", [[1], [7], [12], [13], [20], [3, 5, 11]])
-def test_a_run_killed_after_any_checkpoint_resumes_to_the_same_bits(tmp_path, monkeypatch,
-                                                                     straight, deaths):
+def test_a_run_killed_after_any_checkpoint_resumes_to_the_same_bits(tmp_path, straight, deaths):
     """Each death comes right after that many checkpoints of its own life."""
-    keep = common.save_checkpoint
     for death in deaths:
-        left = [death]
-
-        def save_and_die(*args, **state):
-            keep(*args, **state)
-            left[0] -= 1
-            if left[0] == 0:
-                raise RuntimeError("killed")
-        monkeypatch.setattr(common, "save_checkpoint", save_and_die)
-        with pytest.raises(RuntimeError, match="killed"):
+        with killed_after(death):
             run(tmp_path, "--resume")
-    monkeypatch.setattr(common, "save_checkpoint", keep)
     assert same(run(tmp_path, "--resume"), straight)
     assert same(run(tmp_path, "--resume"), straight)  # a finished run resumes to itself
 
 
-def test_pictures_resume_to_the_same_bits(tmp_path, monkeypatch, digits_dir):
+def test_pictures_resume_to_the_same_bits(tmp_path, digits_dir):
     """Here the order of the data and dropout have to be put back too."""
-    flags = ["--data", "digits", "--data-dir", str(digits_dir), "--steps", "6", "-k", "1"]
-
     def result(out, *more):
-        unrolled.main([*flags, "--out", str(out), *more])
-        return [torch.load(out / "samples_k1.pt"), (out / "log.csv").read_text()]
+        unrolled.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "6", "-k", "1",
+                       "--out", str(out), *more])
+        return results(out)
     expected = result(tmp_path / "straight")
-    keep = common.save_checkpoint
-
-    def die_at_four(*args, **state):
-        keep(*args, **state)
-        if state["step"] == 4:
-            raise RuntimeError("killed")
-    monkeypatch.setattr(common, "save_checkpoint", die_at_four)
-    with pytest.raises(RuntimeError, match="killed"):
+    with killed_after(4):
         result(tmp_path / "killed")
-    monkeypatch.setattr(common, "save_checkpoint", keep)
     assert same(result(tmp_path / "killed", "--resume"), expected)
-    assert expected[0].shape == (10_000, 1, 28, 28) and expected[0].dtype == torch.uint8
+    samples = expected["samples_k1.pt"]
+    assert samples.shape == (10_000, 1, 28, 28) and samples.dtype == torch.uint8
 
 
 def test_a_process_that_is_killed_and_interrupted_resumes_to_the_same_bits(tmp_path):
@@ -280,7 +258,7 @@ def test_a_process_that_is_killed_and_interrupted_resumes_to_the_same_bits(tmp_p
     def result(out, *more):
         subprocess.run([*start, "--out", out, *more], check=True, env=environment,
                        stdout=subprocess.DEVNULL)
-        return [torch.load(out / "samples_k0.pt"), (out / "log.csv").read_text()]
+        return results(out)
 
     for how, status in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
         checkpoint = tmp_path / "killed" / "checkpoint.pt"

@@ -21,6 +21,7 @@ from strategies import generator, normal, seeds
 
 theory = importlib.import_module("08_theory_checks")
 EPS = torch.finfo(torch.float64).eps
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 SLOW = {"batch-doubling", "change-of-variables", "glo-no-prior", "grad-accumulate",
         "grad-accumulate-sgd", "moments-not-gaussian", "spectral"}
 
@@ -400,9 +401,8 @@ def test_wrong_coupling_densities_are_rejected(twin):
 def variance_is_the_integral(variance, limit):
     """Oracle: Gauss-Legendre with 100 nodes, exact to rounding for limits up to 8; values in [0, 1]
     come from 1 - (a number below 1), so they carry a few EPS absolutely."""
-    nodes, weights = np.polynomial.legendre.leggauss(100)
-    density = weights * np.exp(-(limit * nodes) ** 2 / 2)
-    close(variance(limit), (density * (limit * nodes) ** 2).sum() / density.sum(), 100 * EPS)
+    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
+    close(variance(limit), (density * (limit * NODES) ** 2).sum() / density.sum(), 100 * EPS)
 
 
 @given(st.floats(0.05, 8))

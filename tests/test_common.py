@@ -164,21 +164,28 @@ def test_a_changed_folder_is_decoded_again(tmp_path):
     assert common.load_images(args, "cpu").x[0, 0, 0, 0] == 20
 
 
+def numbered(n):
+    """n pictures of one pixel, each of the grey value of its number, which is also its label."""
+    y = torch.arange(n, dtype=torch.uint8)
+    return common.Images(y.view(n, 1, 1, 1), y, "numbers")
+
+
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 40), seeds())
 def test_batches_from_any_step_continue_the_same_stream(n, size, step, seed):
-    x = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
-    straight, later = common.batches(x, size, seed), common.batches(x, size, seed, step)
+    images = numbered(n)
+    straight, later = common.batches(images, size, seed), common.batches(images, size, seed, step)
     for _ in range(step):
         next(straight)
     for _ in range(5):
-        assert torch.equal(next(straight), next(later))
+        (x, y), (later_x, later_y) = next(straight), next(later)
+        assert torch.equal(x, later_x) and torch.equal(y, later_y)
+        assert torch.equal(common.to_uint8(x).flatten(), y)  # each picture with its own label
 
 
 @given(st.integers(1, 50), st.integers(1, 12), seeds())
 def test_an_epoch_shows_each_picture_at_most_once(n, size, seed):
-    x = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
-    stream = common.batches(x, size, seed)
-    epoch = torch.cat([next(stream) for _ in range(n // min(size, n))])
+    stream = common.batches(numbered(n)._replace(y=None), size, seed)
+    epoch = torch.cat([next(stream)[0] for _ in range(n // min(size, n))])
     assert len(epoch.unique()) == len(epoch) > n - size
 
 
