@@ -1,0 +1,585 @@
+r"""02 - GAN losses: eleven ways to pay D and G, one skeleton, and how to read a GAN's log.
+
+Papers   Goodfellow 2014 (minimax, nonsaturating), Mao 2017 (lsgan), Arjovsky 2017 (wgan), Gulrajani
+         2017 (wgan-gp), Kodali 2017 (dragan), Mirza, Osindero 2014 (cgan), Chen 2016 (infogan),
+         Odena 2017 (acgan), Zhao 2017 (ebgan), Berthelot 2017 (began).
+Idea     D climbs E log D(x) + E log(1 - D(G(z)))                                       -> bce_d()
+         G descends E log(1 - D(G(z))): no slope where D is sure of a fake          -> minimax_g()
+         G climbs E log D(G(z)) instead: full slope there                     -> nonsaturating_g()
+         All others change D's question: lsgan_d, wgan_d, gradient_penalty, ebgan_d, began_d, ...
+         The table METHODS says which two losses, which penalty and which labels make a method.
+See      samples.png: every loss from the same z; saturation.png: which gradient reaches G, by
+         formula and as measured; curves.png, log.csv, samples_{loss}.pt. Printed: classes by nearest
+         training picture, their KL to uniform in nats, and what a frozen log means.
+         Measured on MNIST: 10 classes for all three; KL 0.03, 0.04, 0.04 for minimax,
+         nonsaturating, lsgan. After 300 steps acgan obeys 94 % of the labels asked for, cgan 76 %;
+         ebgan and began draw no digits yet, wgan only blots, and infogan's code means nothing yet.
+Time     198 s on 2 CPU cores; --quick 15 s.
+Differs  no batch norm in D for any loss, dropout instead; Adam without momentum (beta1 = 0) for
+         all; rates fall along a cosine; dragan's noise as in its code; ebgan's margin 0.2.
+Run      python 02_gan_losses.py --loss all
+         python 02_gan_losses.py --loss nonsaturating --real-label 0.9
+"""
+
+import functools
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+import common
+
+ADAM_BETAS = (0.0, 0.999)
+LAMBDA = 10.0                    # weight of both gradient penalties: Gulrajani 2017, Kodali 2017
+CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
+MARGIN, PULL_AWAY = 0.2, 0.1     # ebgan
+GAMMA, LAMBDA_K = 0.5, 0.001     # began: 2017, sections 3.3 and 3.4
+PANEL = 36                       # pictures of each loss in samples.png
+Z, N_SAMPLES = 64, 10_000        # length of z; pictures in samples_{loss}.pt
+
+
+# --- the idea ----------------------------------------------------------------------------------
+# D's and G's loss for each method, both to be minimised, means over the batch. real, fake [B]:
+# D's logits (or scores) of data and of G's pictures; for EBGAN and BEGAN: reconstruction errors.
+
+def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
+    """-E[y log σ(real) + (1 - y) log(1 - σ(real))] - E[the same of fake], labels y and y'.
+
+    y = real_label, y' = 1 - real_label for labels 0 and 1 (flipped labels) and else 0 (one-sided
+    smoothing, Salimans et al. 2016, section 3.4). label_noise = w makes both uniform, of width w
+    around these values; those of the reals are drawn first. In nats, >= H(real_label); 2 log 2 =
+    1.386 if D cannot tell.
+    """
+    fake_label = 1.0 - real_label if real_label in (0, 1) else 0.0
+    y, y_fake = (label + label_noise * (torch.rand(len(a), generator=generator).to(a) - 0.5)
+                 for label, a in ((real_label, real), (fake_label, fake)))
+    bce = F.binary_cross_entropy_with_logits
+    return bce(real, y) + bce(fake, y_fake)
+
+
+def minimax_g(fake):
+    """E log(1 - σ(fake)): G descends what D climbs (Goodfellow et al. 2014, eq. 1). <= 0, nats."""
+    return F.logsigmoid(-fake).mean()
+
+
+def nonsaturating_g(fake, real_label=1.0):
+    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats."""
+    return F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, real_label))
+
+
+def lsgan_d(real, fake):
+    """E (real - 1)² + E fake² (Mao et al. 2017, eq. 9, without its 1/2). 0.5 if D cannot tell."""
+    return ((real - 1) ** 2).mean() + (fake ** 2).mean()
+
+
+def lsgan_g(fake):
+    """E (fake - 1)² (Mao et al. 2017, eq. 9, without its 1/2)."""
+    return ((fake - 1) ** 2).mean()
+
+
+def wgan_d(real, fake):
+    """E fake - E real: minus the estimate of W1, times D's Lipschitz constant (Arjovsky 2017)."""
+    return fake.mean() - real.mean()
+
+
+def wgan_g(fake):
+    """-E fake (Arjovsky et al. 2017, alg. 1)."""
+    return -fake.mean()
+
+
+def gradient_norms(critic, x):
+    """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where the gradient is 0.
+
+    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm).
+    """
+    x = x.detach().requires_grad_()
+    grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return torch.linalg.vector_norm(grad.flatten(1), dim=1)
+
+
+def gradient_penalty(critic, x_real, x_fake, target=1.0, generator=None):
+    """E (‖∇critic(x̂)‖ - target)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
+
+    One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
+    """
+    alpha = torch.rand(len(x_real), generator=generator).to(x_real)
+    alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
+    x_hat = alpha * x_real + (1 - alpha) * x_fake
+    return ((gradient_norms(critic, x_hat) - target) ** 2).mean()
+
+
+def dragan_penalty(critic, x_real, generator=None):
+    """E (‖∇critic(x + δ)‖ - 1)² near the data alone (Kodali et al. 2017, eq. 1).
+
+    δ as in the authors' code, not the Gaussian of the paper: α σ u / 2, u uniform in [0, 1) for
+    each pixel, α for each example; here σ is the standard deviation of the example, not the batch.
+    """
+    alpha = torch.rand(len(x_real), generator=generator).to(x_real)
+    u = torch.rand(x_real.shape, generator=generator).to(x_real)
+    scale = alpha * x_real.flatten(1).std(dim=1) / 2
+    x_hat = x_real + scale.view(-1, *[1] * (x_real.ndim - 1)) * u
+    return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
+
+
+def r1_penalty(critic, x_real):
+    """E ‖∇critic(x)‖² on data (Mescheder et al. 2018, eq. 9; there times γ/2)."""
+    return (gradient_norms(critic, x_real) ** 2).mean()
+
+
+def ebgan_d(real_error, fake_error, margin):
+    """E L(x) + E max(0, margin - L(G(z))), L an autoencoder's error (Zhao et al. 2017, eq. 1)."""
+    return real_error.mean() + F.relu(margin - fake_error).mean()
+
+
+def pull_away(codes):
+    """Mean cos² of the codes [B, d] of all pairs of different pictures (Zhao et al. 2017, eq. 4).
+
+    0 if all are orthogonal, 1 if all are parallel: it pushes G's pictures apart.
+    """
+    cosine = F.normalize(codes, dim=1)
+    squares = (cosine @ cosine.T) ** 2
+    n = len(codes)
+    return (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
+
+
+def began_d(real_error, fake_error, k):
+    """E L(x) - k E L(G(z)) (Berthelot et al. 2017, section 3.3)."""
+    return real_error.mean() - k * fake_error.mean()
+
+
+def began_k(k, real_error, fake_error, lambda_k, gamma):
+    """k <- k + λ_k (γ E L(x) - E L(G(z))), clipped to [0, 1]: keeps E L(G(z)) near γ E L(x)."""
+    balance = gamma * real_error.mean() - fake_error.mean()
+    return min(max(k + lambda_k * balance.item(), 0.0), 1.0)
+
+
+# --- the table of methods ----------------------------------------------------------------------
+
+class Method(NamedTuple):
+    """What makes a method; real and fake are D's scores, or errors if it is an autoencoder."""
+    d: Callable                  # (real, fake) -> loss of D
+    g: Callable                  # fake -> loss of G
+    lr: tuple = (4e-3, 4e-3)     # of D, of G
+    d_steps: int = 1
+    labels: str = ""             # "condition": both get y; "guess": D says it; "code": invented
+    penalty: str = ""            # "gp" or "dragan", times LAMBDA
+    clip: bool = False
+    autoencoder: bool = False    # D's score is its reconstruction error
+
+
+METHODS = {
+    "minimax": Method(bce_d, minimax_g),
+    "nonsaturating": Method(bce_d, nonsaturating_g),
+    "lsgan": Method(lsgan_d, lsgan_g),
+    "wgan": Method(wgan_d, wgan_g, clip=True, lr=(5e-4, 5e-4), d_steps=3),
+    "wgan-gp": Method(wgan_d, wgan_g, penalty="gp", lr=(1e-3, 1e-3), d_steps=3),
+    "dragan": Method(bce_d, nonsaturating_g, penalty="dragan"),
+    "cgan": Method(bce_d, nonsaturating_g, labels="condition"),
+    "infogan": Method(bce_d, nonsaturating_g, labels="code"),
+    "acgan": Method(bce_d, nonsaturating_g, labels="guess"),
+    "ebgan": Method(functools.partial(ebgan_d, margin=MARGIN), torch.mean, autoencoder=True,
+                    lr=(1e-3, 1e-3)),
+    "began": Method(began_d, torch.mean, autoencoder=True, lr=(1e-3, 1e-3)),
+}
+
+
+# --- how to read a log -------------------------------------------------------------------------
+
+def fingerprint(loss_d, loss_g, real_label=1.0):
+    """The likely cause of losses that stay constant, or None if they say nothing.
+
+    loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats.
+    """
+    entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
+                                                 + (1 - real_label) * math.log(1 - real_label))
+    known = [
+        (2 * math.log(2), math.log(2), "D says 1/2 to all: the start, or D learns nothing"),
+        (math.log(1 + math.exp(-1)) + math.log(2), math.log(2), "a sigmoid applied twice: "
+         "softplus(-1) + ln 2; D must return logits"),
+        (2 * math.log(2), -math.log(2), "D says 1/2 to all: the start, or D learns nothing"),
+        (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
+        (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
+    ]
+    for d, g, cause in known:
+        if abs(loss_d - d) < 0.005 and (g is None or abs(loss_g - g) < 0.005):
+            return f"Loss_D {loss_d:.4f}, Loss_G {loss_g:.4f}: {cause}"
+    return None
+
+
+# --- model -------------------------------------------------------------------------------------
+
+def channels(side):
+    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    halvings = max(1, int(math.log2(side / 4)))
+    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+
+
+def generator(d_in, c, side, norm=nn.BatchNorm2d):
+    """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in = Z, + classes if G sees labels."""
+    widths, small = channels(side)
+    layers = [nn.Linear(d_in, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
+    for wide, narrow in zip(widths[::-1], [*widths[-2::-1], c]):
+        layers += [norm(wide), nn.ReLU(),
+                   nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
+    return start(nn.Sequential(*layers, nn.Tanh()))
+
+
+def trunk(c, side):
+    """Strided convolutions [B, C, side, side] -> features [B, F], and F. No batch norm."""
+    widths, small = channels(side)
+    layers = []
+    for i, o in zip([c, *widths], widths):
+        layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten()), widths[-1] * small ** 2
+
+
+def start(net):
+    """Normal weights of 0.02, zero biases; channels-last memory, faster on the CPU."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return net.to(memory_format=torch.channels_last)
+
+
+class Discriminator(nn.Module):
+    """(x, y) -> logits [B], guesses of the label [B, classes].
+
+    y: one-hot [B, planes], laid over the picture as constant planes; planes = 0 ignores it.
+    """
+
+    def __init__(self, c, side, planes, classes):
+        super().__init__()
+        self.planes = planes
+        self.trunk, features = trunk(c + planes, side)
+        self.drop = nn.Dropout(0.3)
+        self.score, self.guess = nn.Linear(features, 1), nn.Linear(features, classes)
+
+    def forward(self, x, y):
+        if self.planes:
+            x = torch.cat([x, y[:, :, None, None].expand(-1, -1, *x.shape[2:])], dim=1)
+        h = self.drop(self.trunk(x))
+        return self.score(h).flatten(), self.guess(h)
+
+
+class Autoencoder(nn.Module):
+    """(x, y) -> mean |x - decoded(x)| of each picture [B], codes [B, 64]; y is not used."""
+
+    def __init__(self, c, side):
+        super().__init__()
+        convolutions, features = trunk(c, side)
+        self.encode = nn.Sequential(convolutions, nn.Linear(features, 64))
+        self.decode = generator(64, c, side, norm=nn.Identity)
+
+    def forward(self, x, y):
+        codes = self.encode(x)
+        return (x - self.decode(codes)).abs().flatten(1).mean(dim=1), codes
+
+
+# --- measures ----------------------------------------------------------------------------------
+
+def nearest_labels(x, images):
+    """Label of the nearest of 10,000 training pictures to each of x [N, C, H, W], and the distance.
+
+    Both [N]; root mean square distance in [-1, 1] units; labels are -1 if the data has none.
+    """
+    train = common.to_float(images.x[:10_000]).flatten(1)
+    found = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
+    distance = torch.cat([f.values for f in found]) / train.shape[1] ** 0.5
+    nearest = torch.cat([f.indices for f in found])
+    return (torch.full_like(nearest, -1) if images.y is None else images.y[nearest]), distance
+
+
+def report(x, y, images, labels):
+    """Numbers for samples x [N, C, H, W] that were asked for with labels y [N].
+
+    classes: those that occur; kl: of their histogram to uniform, nats; distance: to the nearest
+    training picture; obeyed: share of samples with the label asked for (infogan: with the label
+    that its code stands for, after the best one-to-one matching of codes and labels).
+    """
+    found, distance = nearest_labels(x, images)
+    numbers = {"distance": distance.mean().item()}
+    if images.y is not None:
+        k = int(images.y.max()) + 1
+        p = torch.bincount(found, minlength=k).double() / len(found)
+        numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
+        if labels:
+            table = torch.zeros(k, k).index_put_((y.cpu(), found.cpu()), torch.ones(1), True)
+            obeyed = best_matching(table) if labels == "code" else table.trace().item()
+            numbers["obeyed"] = obeyed / len(found)
+    return numbers
+
+
+def best_matching(table):
+    """Largest Σ_i table[i, σ(i)] over all permutations σ, table [K, K].
+
+    Row by row, the best total for each set of columns used so far (Held, Karp 1962): 2^K K steps.
+    """
+    best = {0: 0.0}
+    for row in table.tolist():
+        grown = {}
+        for used, total in best.items():
+            for column, value in enumerate(row):
+                if not used >> column & 1:
+                    key = used | 1 << column
+                    grown[key] = max(grown.get(key, -math.inf), total + value)
+        best = grown
+    return best[2 ** len(table) - 1]
+
+
+# --- train -------------------------------------------------------------------------------------
+
+def schedule(name, opt, steps):
+    """A schedule of torch for a learning rate."""
+    return {"constant": lambda: lr_scheduler.ConstantLR(opt, factor=1.0),
+            "cosine": lambda: lr_scheduler.CosineAnnealingLR(opt, steps),
+            "restarts": lambda: lr_scheduler.CosineAnnealingWarmRestarts(opt, max(1, steps // 4)),
+            "cyclic": lambda: lr_scheduler.CyclicLR(
+                opt, opt.param_groups[0]["lr"] / 10, opt.param_groups[0]["lr"],
+                max(1, steps // 8), cycle_momentum=False)}[name]()
+
+
+def nets(method, c, side, classes):
+    """G and D of a method, for pictures of `side` pixels."""
+    G = generator(Z + classes * bool(method.labels), c, side)
+    if method.autoencoder:
+        return G, Autoencoder(c, side)
+    planes = classes if method.labels == "condition" else 0
+    return G, Discriminator(c, side, planes, classes)
+
+
+def train(args, name, images, device, saved, done):
+    """Trains one method; returns its log and a few pictures, and writes samples_{name}.pt.
+
+    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
+    """
+    torch.manual_seed(args.seed)
+    method, (c, side) = METHODS[name], images.x.shape[1:3]
+    steps, d_steps = args.steps, args.d_steps or method.d_steps
+    classes = 10 if images.y is None else int(images.y.max()) + 1
+    z_fixed = torch.randn(N_SAMPLES, Z).to(device)  # the same for every method and figure
+    y_fixed = torch.arange(N_SAMPLES, device=device) % classes
+    G, D = (net.to(device) for net in nets(method, c, side, classes))
+    lr_d, lr_g = args.lr_d or method.lr[0], args.lr_g or method.lr[1]
+    opt_d = torch.optim.Adam(D.parameters(), lr=lr_d, betas=ADAM_BETAS, fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), lr=lr_g, betas=ADAM_BETAS, fused=True)
+    rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("cosine", opt_g, steps)
+    parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
+    d_loss, began = method.d, method.d is began_d
+    if method.d is bce_d:
+        d_loss = functools.partial(bce_d, real_label=args.real_label, label_noise=args.label_noise)
+
+    def critic(x):
+        return D(x, one_hot)[0]  # with the labels of the batch at hand
+
+    first, log, k = 0, [], 0.0
+    if saved:
+        first, log, k = saved["step"], saved["log"], saved["k"]
+        common.restore(saved, parts)
+    real_batches = common.batches(images, args.batch, args.seed, first * d_steps)
+    show = common.progress(name, steps, args.batch, first)
+    every = max(1, steps // 40)
+
+    with common.ctrl_c() as pressed:
+        for step in range(first + 1, steps + 1):
+            noise = args.input_noise * (1 - step / steps)
+            milestone = step % every == 0 or step == steps
+
+            # D's half: descend its loss on data and on G's pictures, G untouched
+            for _ in range(d_steps):
+                x, y = next(real_batches)
+                if method.labels == "code":
+                    y = torch.randint(classes, (len(x),), device=device)
+                one_hot = F.one_hot(y, classes).float() if method.labels else None
+                x_fake = G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
+                both = torch.cat([x, x_fake.detach()])
+                twice = torch.cat([one_hot, one_hot]) if method.labels else None
+                score, guess = D(both + noise * torch.randn_like(both), twice)  # one pass for both
+                real, fake = score.split(len(x))
+                total_d = loss_d = d_loss(real, fake, k) if began else d_loss(real, fake)
+                if method.labels == "guess":
+                    total_d = total_d + F.cross_entropy(guess, torch.cat([y, y]))
+                if method.labels == "code":
+                    total_d = total_d + F.cross_entropy(guess[len(x):], y)
+                if method.penalty == "gp":
+                    total_d = total_d + LAMBDA * gradient_penalty(critic, x, x_fake.detach())
+                if method.penalty == "dragan":
+                    total_d = total_d + LAMBDA * dragan_penalty(critic, x)
+                if args.r1:
+                    total_d = total_d + args.r1 / 2 * r1_penalty(critic, x)
+                opt_d.zero_grad()
+                total_d.backward()
+                opt_d.step()
+                if began:
+                    k = began_k(k, real, fake, LAMBDA_K, GAMMA)
+                if method.clip:
+                    for p in D.parameters():
+                        p.data.clamp_(-CLIP, CLIP)
+
+            # G's half: descend its loss through D, D untouched
+            for g_step in range(args.g_steps):
+                if g_step:
+                    x_fake = G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
+                fake, guess = D(x_fake + noise * torch.randn_like(x_fake), one_hot)
+                total_g = loss_g = method.g(fake)
+                if method.labels in ("guess", "code"):
+                    total_g = total_g + F.cross_entropy(guess, y)
+                if method.autoencoder and not began:
+                    total_g = total_g + PULL_AWAY * pull_away(guess)
+                if milestone:
+                    slope, = torch.autograd.grad(loss_g, fake, retain_graph=True)
+                opt_g.zero_grad()
+                total_g.backward(inputs=tuple(G.parameters()))
+                opt_g.step()
+
+            rate_d.step()
+            rate_g.step()
+            common.check_finite(step, loss_d=loss_d.item(), loss_g=loss_g.item())
+            show(step, loss_d=loss_d.item(), loss_g=loss_g.item())
+            if milestone:
+                read = torch.sigmoid if method.d is bce_d else nn.Identity()
+                log.append({"loss": name, "step": step, "loss_d": loss_d.item(),
+                            "loss_g": loss_g.item(), "D(x)": read(real).mean().item(),
+                            "D(G(z))": read(fake).mean().item(), "slope": slope.abs().sum().item()})
+                cause = method.d is bce_d and new_fingerprint(log, args.real_label)
+                if cause:
+                    print(f"{name}: losses stay at {loss_d:.4f} and {loss_g:.4f}: {cause}")
+            if milestone or pressed():
+                common.save_checkpoint(args, parts, loss=name, step=step, log=log, k=k, done=done)
+            if pressed():
+                common.stop(step)
+
+    samples = generate(G, with_labels(
+        z_fixed, F.one_hot(y_fixed, classes).float() if method.labels else None))
+    common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
+    return {"log": log, "pictures": common.to_uint8(samples[:PANEL]).cpu(),
+            **report(samples, y_fixed, images, method.labels)}
+
+
+def with_labels(z, one_hot):
+    """G's input: z, followed by the one-hot label if there is one."""
+    return z if one_hot is None else torch.cat([z, one_hot], dim=1)
+
+
+@torch.no_grad()
+def generate(G, z):
+    """G(z) with the batch norm of evaluation, a thousand at a time."""
+    G.eval()
+    x = torch.cat([G(part) for part in z.split(1000)])
+    G.train()
+    return x
+
+
+def new_fingerprint(log, real_label):
+    """The fingerprint that the last three rows of a log share, if the row before had not."""
+    causes = [fingerprint(row["loss_d"], row["loss_g"], real_label) for row in log[-4:]]
+    new = len(causes) < 4 or causes[0] != causes[-1]
+    return causes[-1] if new and len(causes) >= 3 and len(set(causes[-3:])) == 1 else None
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+def figures(args, images, done):
+    """samples.png, saturation.png, curves.png, log.csv."""
+    def panel(name, run):
+        numbers = [f"{key} {run[key]:.3g}" for key in ("kl", "obeyed") if key in run]
+        return (f"{name}\n{', '.join(numbers)}",
+                lambda ax: common.draw_images(ax, run["pictures"], columns=6))
+
+    title = f"GAN losses on {images.name}, seed {args.seed}, same z"
+    data = ("data\n", lambda ax: common.draw_images(ax, images.x[:PANEL], columns=6))
+    cells = [data] + [panel(name, run) for name, run in done.items()]
+    common.save_panels(args.out / "samples.png",
+                       [("", cells[i:i + 4]) for i in range(0, len(cells), 4)], title)
+    log = [row for run in done.values() for row in run["log"]]
+    common.save_panels(args.out / "saturation.png", [("", [
+        ("slope of G's loss\nagainst D(G(z))", lambda ax: draw_slopes(ax, log))])])
+    common.plot_curves(args.out / "curves.png", log, list(log[0])[2:], "loss", title)
+    common.write_log(args.out / "log.csv", log)
+
+
+def draw_slopes(ax, log):
+    """|d loss_G / d score| against D(G(z)): by formula (lines), measured while training (dots).
+
+    σ(a) = D for minimax, 1 - D for nonsaturating, 2 (1 - D) for lsgan, whose score is D itself.
+    """
+    p = torch.linspace(0, 1, 2)
+    for colour, (name, slope) in enumerate({"minimax": p, "nonsaturating": 1 - p,
+                                            "lsgan": 2 * (1 - p)}.items()):
+        ax.plot(p, slope, f"C{colour}", label=name)
+        rows = [row for row in log if row["loss"] == name]
+        ax.plot([row["D(G(z))"] for row in rows], [row["slope"] for row in rows], ".",
+                color=f"C{colour}", markersize=4, alpha=0.5)
+    ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 2.05))
+    ax.legend(fontsize=7)
+
+
+# --- main --------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = common.parser(__doc__, __file__)
+    g = p.add_argument_group("losses")
+    g.add_argument("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
+                   default=["minimax", "nonsaturating", "lsgan"],
+                   help=f"{', '.join(METHODS)}, or all")
+    g.add_argument("--steps", type=common.positive_int, default=1000, help="steps of G")
+    g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
+    g = p.add_argument_group("what the two players get")
+    g.add_argument("--lr-d", type=common.positive_float, help="D's rate; else the method's")
+    g.add_argument("--lr-g", type=common.positive_float, help="G's rate; else the method's")
+    g.add_argument("--d-steps", type=common.positive_int, help="D steps; else the method's")
+    g.add_argument("--g-steps", type=common.positive_int, default=1, help="G steps after them")
+    g.add_argument("--d-schedule", choices=["constant", "cosine", "restarts", "cyclic"],
+                   default="cosine", help="how D's rate moves during the training")
+    g = p.add_argument_group("what keeps D modest")
+    g.add_argument("--real-label", type=common.share, default=1.0,
+                   help="0.9: one-sided label smoothing, 0: flipped labels (cross-entropy only)")
+    g.add_argument("--label-noise", type=common.share, default=0.0,
+                   help="fuzzy labels: width around the label (cross-entropy only)")
+    g.add_argument("--input-noise", type=common.share, default=0.0,
+                   help="standard deviation of noise on D's input, in [-1, 1] units, falls to 0")
+    g.add_argument("--r1", type=common.not_negative, default=0.0, help="weight of R1, gamma")
+    args = p.parse_args(argv)
+    args.steps = max(1, args.steps // 100) if args.quick else args.steps
+    args.loss = list(METHODS) if "all" in args.loss else list(dict.fromkeys(args.loss))
+    return args
+
+
+def check(args, images):
+    """Ends the run if the flags do not fit the data or the losses."""
+    c, h, w = images.x.shape[1:]
+    if h != w or h % 4:
+        common.fail(f"the pictures are {w}x{h}, G needs squares with sides divisible by 4")
+    for name in args.loss:
+        method = METHODS[name]
+        if images.y is None and method.labels in ("condition", "guess"):
+            common.fail(f"{name} needs labels, and {images.name} has none")
+        if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
+            common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
+        if method.autoencoder and args.r1:
+            common.fail(f"--r1 is for scores, and the D of {name} is an autoencoder")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.start(args)
+    saved = common.load_checkpoint(args)
+    images = common.load_images(args, device)
+    check(args, images)
+    done = saved["done"] if saved else {}
+    for name in args.loss:
+        if name not in done:
+            resumed = saved if saved and saved["loss"] == name else None
+            done[name] = train(args, name, images, device, resumed, dict(done))
+    figures(args, images, done)
+    columns = ["classes", "kl", "distance", "obeyed"]
+    common.print_table(["loss", *columns], [
+        [name, *(f"{run.get(column, math.nan):.3g}" for column in columns)]
+        for name, run in done.items()])
+
+
+if __name__ == "__main__":
+    main()

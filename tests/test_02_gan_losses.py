@@ -1,0 +1,381 @@
+"""Chapter 02: every loss against an oracle, every G step toward the data, a kill loses nothing."""
+
+import importlib
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import common
+from harness import killed_after, results, same
+from strategies import generator, normal, seeds
+
+losses = importlib.import_module("02_gan_losses")
+EPS = torch.finfo(torch.float64).eps
+sizes = st.integers(1, 8)
+
+
+def rejected(prop, twin, *case):
+    """The property fails for the wrong twin."""
+    try:
+        prop(twin, *case)
+    except AssertionError:
+        return True
+    return False
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+# --- the losses, against sums over Python numbers ----------------------------------------------
+
+def scores(seed, n):
+    return 3 * normal(seed, n), 3 * normal(seed + 1, n)
+
+
+def cross_entropy(a, y):
+    """-y log σ(a) - (1 - y) log(1 - σ(a)) of one number."""
+    p = 1 / (1 + math.exp(-a))
+    return -y * math.log(p) - (1 - y) * math.log1p(-p)
+
+
+def bce_is_two_cross_entropies(bce_d, seed, n, real_label):
+    """1 - σ(a) loses e^|a| <= e^12 or so in the oracle: tolerance 1e6 EPS."""
+    real, fake = scores(seed, n)
+    fake_label = {0: 1, 1: 0}.get(real_label, 0)
+    expected = (mean([cross_entropy(a, real_label) for a in real.tolist()])
+                + mean([cross_entropy(a, fake_label) for a in fake.tolist()]))
+    assert_close(bce_d(real, fake, real_label=real_label).item(), expected, rtol=1e6 * EPS, atol=0)
+
+
+@given(seeds(), sizes, st.sampled_from([0, 1, 0.9, 0.7]))
+def test_bce_is_two_cross_entropies(seed, n, real_label):
+    bce_is_two_cross_entropies(losses.bce_d, seed, n, real_label)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda real, fake, real_label: losses.bce_d(fake, real, real_label),
+    lambda real, fake, real_label: losses.bce_d(real, fake, real_label) / 2,
+    lambda real, fake, real_label: losses.bce_d(real.sigmoid(), fake.sigmoid(), real_label)])
+def test_wrong_cross_entropies_are_rejected(twin):
+    assert rejected(bce_is_two_cross_entropies, twin, 0, 5, 1)
+
+
+@given(seeds(), sizes, st.floats(0, 1), st.floats(0, 0.5))
+def test_fuzzy_labels_are_uniform_around_the_label_reals_first(seed, n, real_label, width):
+    """The same draws by hand: all labels of the reals, then all of the fakes."""
+    real, fake = scores(seed, n)
+    rng = generator(seed)
+    fake_label = 1 - real_label if real_label in (0, 1) else 0
+    y = real_label + width * (torch.rand(n, generator=rng) - 0.5)
+    y_fake = fake_label + width * (torch.rand(n, generator=rng) - 0.5)
+    expected = sum(mean([(1 - t) * a + math.log1p(math.exp(-a))
+                         for a, t in zip(scores.tolist(), labels.tolist())])
+                   for scores, labels in ((real, y), (fake, y_fake)))
+    got = losses.bce_d(real, fake, real_label, width, generator=generator(seed))
+    # labels are drawn in float32 and their sum with real_label may be rounded there: 1e-7 |a|
+    largest = (real.abs().max() + fake.abs().max()).item()
+    assert_close(got.item(), expected, rtol=0, atol=1e-6 * (1 + largest))
+
+
+def test_smoothing_cannot_go_below_the_entropy_of_the_label():
+    a = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    lowest = min(losses.bce_d(one[None], torch.tensor([-40.0]).double(), 0.9).item() for one in a)
+    entropy = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
+    assert entropy <= lowest < entropy + 1e-5 and f"{entropy:.4f}" == "0.3251"
+
+
+@given(seeds(), sizes)
+def test_scores_losses_are_their_formulas(seed, n):
+    real, fake = scores(seed, n)
+    r, f = real.tolist(), fake.tolist()
+    for got, expected in [
+            (losses.minimax_g(fake), mean([-math.log1p(math.exp(a)) for a in f])),
+            (losses.nonsaturating_g(fake), mean([math.log1p(math.exp(-a)) for a in f])),
+            (losses.lsgan_d(real, fake),
+             mean([(a - 1) ** 2 for a in r]) + mean([a ** 2 for a in f])),
+            (losses.lsgan_g(fake), mean([(a - 1) ** 2 for a in f])),
+            (losses.wgan_d(real, fake), mean(f) - mean(r)),
+            (losses.wgan_g(fake), -mean(f)),
+            (losses.ebgan_d(real ** 2, fake ** 2, 5.0),
+             mean([a ** 2 for a in r]) + mean([max(0, 5 - a ** 2) for a in f])),
+            (losses.began_d(real ** 2, fake ** 2, 0.3),
+             mean([a ** 2 for a in r]) - 0.3 * mean([a ** 2 for a in f]))]:
+        assert_close(got.item(), expected, rtol=0,
+                     atol=8 * n * EPS * (1 + max(map(abs, r + f))) ** 2)
+
+
+@given(st.floats(0, 1), st.floats(0, 5), st.floats(0, 5), st.floats(0, 1), st.floats(0, 1))
+def test_began_moves_k_toward_the_balance_and_keeps_it_in_zero_to_one(k, real, fake, rate, gamma):
+    errors = torch.tensor([[real], [fake]], dtype=torch.float64)
+    new = losses.began_k(k, *errors, rate, gamma)
+    assert 0 <= new <= 1
+    wanted = k + rate * (gamma * real - fake)
+    assert_close(new, min(1.0, max(0.0, wanted)), rtol=0, atol=16 * EPS)
+
+
+# --- penalties ---------------------------------------------------------------------------------
+
+def smooth_critic(seed, d):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(d, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0))
+    return net.double()
+
+
+@given(seeds(), sizes, st.floats(0, 2))
+def test_penalty_of_a_linear_critic(seed, n, target):
+    """‖∇‖ = ‖w‖ everywhere: (‖w‖ - target)² for wgan-gp, (‖w‖ - 1)² for dragan, ‖w‖² for R1."""
+    x, x_fake, w = normal(seed, n, 1, 3, 3), normal(seed + 1, n, 1, 3, 3), normal(seed + 2, 9)
+    critic = lambda x: x.flatten(1) @ w
+    size = math.dist(w.tolist(), [0] * 9)
+    rounding = 50 * EPS * (1 + size) ** 2
+    for got, expected in [
+            (losses.gradient_penalty(critic, x, x_fake, target), (size - target) ** 2),
+            (losses.dragan_penalty(critic, x), (size - 1) ** 2),
+            (losses.r1_penalty(critic, x), size ** 2)]:
+        assert_close(got.item(), expected, rtol=0, atol=rounding)
+
+
+def penalty_is_the_mean_over_examples(penalty, seed):
+    """The batch of two is the mean of two batches of one, for the same α (one for each example)."""
+    x, x_fake = normal(seed, 2, 4), normal(seed + 1, 2, 4)
+    critic = smooth_critic(seed, 4)
+    together = penalty(critic, x, x_fake, generator(seed))
+    rng = generator(seed)  # draws α of the first, then of the second
+    alone = [penalty(critic, x[i:i + 1], x_fake[i:i + 1], rng) for i in range(2)]
+    assert_close(together, (alone[0] + alone[1]) / 2, rtol=0, atol=100 * EPS)
+
+
+def gp(critic, x, x_fake, rng):
+    return losses.gradient_penalty(critic, x, x_fake, generator=rng)
+
+
+@given(seeds())
+def test_penalties_are_means_over_examples(seed):
+    penalty_is_the_mean_over_examples(gp, seed)
+    penalty_is_the_mean_over_examples(lambda critic, x, *_: losses.r1_penalty(critic, x), seed)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda critic, x, x_fake, rng: len(x) * gp(critic, x, x_fake, rng),      # a sum
+    lambda critic, x, x_fake, rng: (torch.autograd.functional.jacobian(      # one norm for all
+        lambda x: critic(x).sum(), x).norm() - 1) ** 2])
+def test_wrong_penalties_are_rejected(twin):
+    assert rejected(penalty_is_the_mean_over_examples, twin, 0)
+
+
+@given(seeds(), sizes)
+def test_penalties_look_where_they_should(seed, n):
+    """wgan-gp between a real and its fake, on one line for all pixels; dragan near reals alone."""
+    x, x_fake = normal(seed, n, 1, 2, 3), normal(seed + 1, n, 1, 2, 3)
+    seen = []
+
+    def spy(x):
+        seen.append(x.detach())
+        return x.flatten(1).sum(1)
+    losses.gradient_penalty(spy, x, x_fake)
+    alpha = ((seen[0] - x_fake) / (x - x_fake)).flatten(1)
+    slack = 100 * EPS * ((x.abs() + x_fake.abs()) / (x - x_fake).abs()).max()
+    assert (alpha.amax(1) - alpha.amin(1)).max() <= slack
+    assert alpha.min() >= -slack and alpha.max() <= 1 + slack
+    losses.dragan_penalty(spy, x)
+    moved = (seen[1] - x).flatten(1)
+    assert moved.min() >= 0 and (moved <= x.flatten(1).std(1, keepdim=True) / 2 + 10 * EPS).all()
+
+
+@given(seeds())
+def test_a_flat_critic_has_penalty_one_and_a_finite_second_derivative(seed):
+    critic = smooth_critic(seed, 4)
+    nn.init.zeros_(critic[3].weight)
+    x = normal(seed, 3, 4)
+    for penalty, expected in ((losses.gradient_penalty(critic, x, -x), 1.0),
+                              (losses.dragan_penalty(critic, x), 1.0),
+                              (losses.r1_penalty(critic, x), 0.0)):
+        assert penalty.item() == expected
+        grads = torch.autograd.grad(penalty, tuple(critic.parameters()), allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in grads)
+
+
+@given(seeds(), st.integers(2, 6), st.integers(1, 6))
+def test_pull_away_is_the_mean_squared_cosine_of_all_pairs(seed, n, d):
+    codes = normal(seed, n, d)
+    cosines = [F.cosine_similarity(codes[i], codes[j], dim=0).item() ** 2
+               for i, j in itertools.permutations(range(n), 2)]
+    assert_close(losses.pull_away(codes).item(), mean(cosines), rtol=0, atol=20 * n * d * EPS)
+    assert_close(losses.pull_away(codes[:1].expand(n, d)).item(), 1.0, rtol=0, atol=20 * d * EPS)
+    assert losses.pull_away(torch.eye(n).double()).item() == 0
+
+
+# --- the methods -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", losses.METHODS)
+def test_a_step_of_g_moves_its_picture_toward_the_data(name):
+    """One dimension, data at +1, G's at -1. D gives the score x (or the error |x - 1|) of one that
+    has learned; descending G's loss must move G to the right, D's must tell the two apart."""
+    method = losses.METHODS[name]
+    score = (lambda x: (x - 1).abs()) if method.autoencoder else (lambda x: x)
+    x_fake = torch.tensor([-1.0, -1.2], requires_grad=True)
+    slope, = torch.autograd.grad(method.g(score(x_fake)), x_fake)
+    assert (slope < 0).all()
+    real, fake = torch.tensor([1.0, 1.1]), torch.tensor([-1.0, -1.2])
+    k = (0.5,) if method.d is losses.began_d else ()
+    assert method.d(score(real), score(fake), *k) < method.d(score(fake), score(real), *k)
+
+
+@pytest.mark.parametrize("name", losses.METHODS)
+@pytest.mark.parametrize("c, side", [(1, 28), (3, 32), (3, 64)])
+def test_scores_of_d_do_not_depend_on_the_rest_of_the_batch(name, c, side):
+    """So there is no batch norm in D: with it no per-example penalty and no honest score."""
+    method = losses.METHODS[name]
+    torch.manual_seed(0)
+    G, D = losses.nets(method, c, side, 10)
+    z = torch.randn(4, losses.Z + 10 * bool(method.labels))
+    x, y = G(z), torch.eye(10)[:4]
+    assert x.shape == (4, c, side, side) and x.abs().max() <= 1
+    D.eval()
+    together, alone = D(x, y)[0], torch.cat([D(x[i:i + 1], y[i:i + 1])[0] for i in range(4)])
+    assert together.shape == (4,)
+    # float32 sums of up to side² c 16 terms of size 1 or less, in another order
+    assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@given(st.floats(-30, 30))
+@settings(max_examples=20)
+def test_fingerprints_know_their_losses(a):
+    """A D without weights, one with two sigmoids, a perfect one: computed, then recognised."""
+    half, sure = torch.zeros(4), torch.full((4,), 30.0)
+    d, g = losses.bce_d(half, half), losses.nonsaturating_g(half)
+    assert "1/2" in losses.fingerprint(d.item(), g.item())
+    twice = [torch.sigmoid(s) for s in (sure, -sure)]
+    d, g = losses.bce_d(*twice), losses.nonsaturating_g(twice[1])
+    assert f"{d:.4f} {g:.4f}" == "1.0064 0.6931"
+    assert "twice" in losses.fingerprint(d.item(), g.item())
+    smooth = torch.full((4,), math.log(9.0))  # σ = 0.9
+    d, g = losses.bce_d(smooth, -sure, 0.9), losses.nonsaturating_g(-sure)
+    assert "entropy" in losses.fingerprint(d.item(), g.item(), 0.9)
+    d, g = losses.bce_d(sure, -sure), losses.minimax_g(-sure)
+    assert "no gradient" in losses.fingerprint(d.item(), g.item())
+    assert losses.fingerprint(1.0 + 0.1, 1.5 + abs(a)) is None
+
+
+@given(seeds(), st.integers(1, 6))
+def test_best_matching_beats_every_permutation(seed, k):
+    table = torch.randint(100, (k, k), generator=generator(seed))
+    best = max(sum(table[i, j].item() for i, j in enumerate(order))
+               for order in itertools.permutations(range(k)))
+    assert losses.best_matching(table) == best
+
+
+@given(seeds(), st.integers(1, 40))
+def test_report_counts_copies_of_training_pictures(seed, n):
+    """Copies of training pictures, asked for with labels that are right for some of them."""
+    x = torch.randint(256, (60, 1, 4, 4), dtype=torch.uint8, generator=generator(seed))
+    images = common.Images(x, torch.arange(60) % 10, "noise")
+    chosen, asked = torch.randint(60, (2, n), generator=generator(seed))
+    numbers = losses.report(common.to_float(x[chosen]), asked % 10, images, "guess")
+    found = [i % 10 for i in chosen.tolist()]
+    assert numbers["classes"] == len(set(found)) and numbers["distance"] < 1e-3
+    assert_close(numbers["obeyed"], mean([f == a % 10 for f, a in zip(found, asked.tolist())]))
+    shares = [found.count(i) / n for i in set(found)]
+    assert_close(numbers["kl"], sum(p * math.log(10 * p) for p in shares), rtol=1e-9, atol=1e-12)
+    # codes that stand for other labels obey after matching: shift all by one
+    shifted = losses.report(common.to_float(x[chosen]), (chosen + 1) % 10, images, "code")
+    assert shifted["obeyed"] == 1
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(losses, "N_SAMPLES", 200)
+
+
+def run(out, digits_dir, *flags):
+    losses.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "6", "--batch", "8",
+                 "--out", str(out), *flags])
+    return results(out)
+
+
+def test_all_methods_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digits_dir):
+    """All eleven, one after the other, with every option on; six checkpoints each."""
+    flags = ["--loss", "all", "--g-steps", "2", "--input-noise", "0.1", "--d-schedule", "cyclic"]
+    straight = run(tmp_path / "straight", digits_dir, *flags)
+    assert len(straight) == 12
+    for death in (4, 20, 9, 25):
+        with killed_after(death):
+            run(tmp_path / "killed", digits_dir, "--resume", *flags)
+    assert same(run(tmp_path / "killed", digits_dir, "--resume", *flags), straight)
+
+
+def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
+    short = ["--loss", "nonsaturating", "--steps", "2"]
+    plain = run(tmp_path / "plain", digits_dir, *short)
+    assert same(run(tmp_path / "again", digits_dir, *short), plain)
+    for flags in (["--real-label", "0.9"], ["--label-noise", "0.2"], ["--input-noise", "0.1"],
+                  ["--lr-d", "0.001"], ["--lr-g", "0.001"], ["--d-steps", "3"], ["--g-steps", "2"],
+                  ["--r1", "1"], ["--d-schedule", "constant"], ["--d-schedule", "restarts"]):
+        out = run(tmp_path / "".join(flags), digits_dir, *short, *flags)
+        assert out.keys() == plain.keys() and not same(out, plain), flags
+
+
+def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
+    """3 D steps and 2 G steps for each of 6 steps; G's gradient never moves D and the reverse."""
+    steps = []
+    original = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda opt, *a: (
+        steps.append(sum(p.numel() for g in opt.param_groups for p in g["params"])),
+        original(opt, *a))[1])
+    run(tmp_path, digits_dir, "--loss", "lsgan", "--d-steps", "3", "--g-steps", "2")
+    G, D = losses.nets(losses.METHODS["lsgan"], 1, 28, 10)
+    of_g, of_d = (sum(p.numel() for p in net.parameters()) for net in (G, D))
+    assert steps == 6 * ([of_d] * 3 + [of_g] * 2)
+
+
+def test_a_frozen_log_is_named_once():
+    """Three rows with the same fingerprint: named at the third, not again, not for one row less."""
+    frozen, moving = {"loss_d": 1.0064, "loss_g": 0.6931}, {"loss_d": 1.2, "loss_g": 0.9}
+    log = [moving, *5 * [frozen]]
+    named = [losses.new_fingerprint(log[:i], 1.0) is not None for i in range(1, len(log) + 1)]
+    assert named == [False, False, False, True, False, False]
+    assert "twice" in losses.new_fingerprint(log[:4], 1.0)
+
+
+def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
+    broken = losses.METHODS["wgan"]._replace(g=lambda fake: fake.mean() * math.nan)
+    monkeypatch.setitem(losses.METHODS, "wgan", broken)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, digits_dir, "--loss", "wgan")
+    assert stop.value.code == 1 and "loss_g is nan at step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--loss", "gan"], ["--loss", "gan"]),
+    (["--loss", "lsgan", "--real-label", "0.9"], ["--real-label", "lsgan"]),
+    (["--real-label", "1.5"], ["--real-label", "1.5"]),
+    (["--r1", "-1"], ["--r1", "-1"]),
+    (["--loss", "began", "--r1", "1"], ["--r1", "began"]),
+    (["--batch", "0"], ["--batch", "0"])])
+def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, digits_dir, *flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words)
+
+
+def test_labels_are_asked_for_only_where_there_are_some(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    for i in range(12):
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / "p" / f"{i}.png")
+    flags = ["--data", str(tmp_path / "p"), "--size", "32", "--steps", "2", "--batch", "4",
+             "--out", str(tmp_path / "out")]
+    losses.main([*flags, "--loss", "infogan"])  # makes its codes up
+    with pytest.raises(SystemExit) as stop:
+        losses.main([*flags, "--loss", "acgan"])
+    assert stop.value.code == 2 and "acgan needs labels" in capsys.readouterr().err
