@@ -36,7 +36,7 @@ ADAM_BETAS = (0.0, 0.999)
 LAMBDA = 10.0                    # weight of both gradient penalties: Gulrajani 2017, Kodali 2017
 CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
 MARGIN, PULL_AWAY = 0.2, 0.1     # ebgan
-GAMMA, LAMBDA_K = 0.5, 0.001     # began: 2017, sections 3.3 and 3.4
+GAMMA, LAMBDA_K = 0.5, 0.001     # began: Berthelot 2017
 PANEL = 36                       # pictures of each loss in samples.png
 Z, N_SAMPLES = 64, 10_000        # length of z; pictures in samples_{loss}.pt
 
@@ -49,7 +49,7 @@ def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
     """-E[y log σ(real) + (1 - y) log(1 - σ(real))] - E[the same of fake], labels y and y'.
 
     y = real_label, y' = 1 - real_label for labels 0 and 1 (flipped labels) and else 0 (one-sided
-    smoothing, Salimans et al. 2016, section 3.4). label_noise = w makes both uniform, of width w
+    smoothing, Salimans et al. 2016). label_noise = w makes both uniform, of width w
     around these values; those of the reals are drawn first. In nats, >= H(real_label); 2 log 2 =
     1.386 if D cannot tell.
     """
@@ -71,12 +71,12 @@ def nonsaturating_g(fake, real_label=1.0):
 
 
 def lsgan_d(real, fake):
-    """E (real - 1)² + E fake² (Mao et al. 2017, eq. 9, without its 1/2). 0.5 if D cannot tell."""
+    """E (real - 1)² + E fake² (Mao et al. 2017, without its 1/2). 0.5 if D cannot tell."""
     return ((real - 1) ** 2).mean() + (fake ** 2).mean()
 
 
 def lsgan_g(fake):
-    """E (fake - 1)² (Mao et al. 2017, eq. 9, without its 1/2)."""
+    """E (fake - 1)² (Mao et al. 2017, without its 1/2)."""
     return ((fake - 1) ** 2).mean()
 
 
@@ -112,7 +112,7 @@ def gradient_penalty(critic, x_real, x_fake, target=1.0, generator=None):
 
 
 def dragan_penalty(critic, x_real, generator=None):
-    """E (‖∇critic(x + δ)‖ - 1)² near the data alone (Kodali et al. 2017, eq. 1).
+    """E (‖∇critic(x + δ)‖ - 1)² near the data alone (Kodali et al. 2017).
 
     δ as in the authors' code, not the Gaussian of the paper: α σ u / 2, u uniform in [0, 1) for
     each pixel, α for each example; here σ is the standard deviation of the example, not the batch.
@@ -125,17 +125,17 @@ def dragan_penalty(critic, x_real, generator=None):
 
 
 def r1_penalty(critic, x_real):
-    """E ‖∇critic(x)‖² on data (Mescheder et al. 2018, eq. 9; there times γ/2)."""
+    """E ‖∇critic(x)‖² on data (Mescheder et al. 2018; there times γ/2)."""
     return (gradient_norms(critic, x_real) ** 2).mean()
 
 
 def ebgan_d(real_error, fake_error, margin):
-    """E L(x) + E max(0, margin - L(G(z))), L an autoencoder's error (Zhao et al. 2017, eq. 1)."""
+    """E L(x) + E max(0, margin - L(G(z))), L an autoencoder's error (Zhao et al. 2017)."""
     return real_error.mean() + F.relu(margin - fake_error).mean()
 
 
 def pull_away(codes):
-    """Mean cos² of the codes [B, d] of all pairs of different pictures (Zhao et al. 2017, eq. 4).
+    """Mean cos² of the codes [B, d] of all pairs of different pictures (Zhao et al. 2017).
 
     0 if all are orthogonal, 1 if all are parallel: it pushes G's pictures apart.
     """
@@ -146,7 +146,7 @@ def pull_away(codes):
 
 
 def began_d(real_error, fake_error, k):
-    """E L(x) - k E L(G(z)) (Berthelot et al. 2017, section 3.3)."""
+    """E L(x) - k E L(G(z)) (Berthelot et al. 2017)."""
     return real_error.mean() - k * fake_error.mean()
 
 
@@ -437,7 +437,7 @@ def train(args, name, images, device, saved, done):
 
             rate_d.step()
             rate_g.step()
-            common.check_finite(step, loss_d=loss_d.item(), loss_g=loss_g.item())
+            common.check_finite(step, loss_d=total_d.item(), loss_g=total_g.item())
             show(step, loss_d=loss_d.item(), loss_g=loss_g.item())
             if milestone:
                 read = torch.sigmoid if method.d is bce_d else nn.Identity()

@@ -252,7 +252,7 @@ def check_dropout_scale():
 def check_dropout_merge():
     """Dropout(p1) then Dropout(p2) is Dropout(1 - (1 - p1)(1 - p2)).
 
-    Course: used without proof. A unit stays if it stays twice. Probability of each of the 2^4
+    Course: not written out. A unit stays if it stays twice. Probability of each of the 2^4
     joint masks, summed over all pairs of masks, against the law of the single dropout.
     """
     n, p1, p2 = 4, 0.2, 0.5
@@ -447,7 +447,7 @@ def check_detector_shapes():
 def check_bce_vs_l2():
     """At p = 0.45 for label 1: squared error 0.3025, cross-entropy 0.7985.
 
-    Course: yes (0.3; 0.798), "so cross-entropy punishes more". The real reason is the gradient in
+    Course: yes (0.3; 0.798). The real reason to prefer cross-entropy is the gradient in
     the logit a, p = σ(a): 2 (p - 1) p (1 - p) against p - 1. Confidently wrong (a = -10), the first
     has vanished.
     """
@@ -598,7 +598,7 @@ def random_mlp():
 def check_mlp_grads():
     """The regulariser λ/2 ‖W‖_F² has the gradient λ ‖W‖_F.
 
-    Course: written so, and the network's other gradients right. It is λ W: a matrix, an entry for
+    Course: written so. It is λ W: a matrix, an entry for
     each weight, not one number. With the number in its place the gradient is off.
     """
     x, y, w1, b1, w2, b2 = random_mlp()
@@ -614,7 +614,7 @@ def check_mlp_grads():
 def check_mlp_backprop():
     """The gradients of a two-layer network with cross-entropy and λ/2 ‖W‖², written out.
 
-    Course: W1, b1, W2, b2 and x by hand; mlp_grads has the formulas, with λ W. Oracle: autograd.
+    mlp_grads has the formulas for W1, b1, W2, b2 and x, with λ W. Oracle: autograd.
     """
     x, y, *parameters = random_mlp()
     grads = gradient(lambda x, *p: mlp_loss(x, y, *p, 0.1), x, *parameters)
@@ -708,7 +708,7 @@ def check_sgd_unbiased():
 def check_sgd_below_gd():
     """The variance of SGD's gradient is below that of full gradient descent.
 
-    Course: claimed. The full gradient has no sampling variance at all.
+    Course: false, and it is. The full gradient has no sampling variance at all.
     """
     per_sample = normal(6, 3)
     sgd, gd = (batch_gradients(per_sample, b, replace=False).var(dim=0, correction=0).sum().item()
@@ -838,7 +838,7 @@ def check_tbptt():
 def check_tbptt_reach():
     """With truncation at S steps the network can only use relations at most S steps apart.
 
-    Course: true. It holds for the gradient, not for the state: the last state still moves with the
+    It holds for the gradient, not for the state: the last state still moves with the
     first input, 12 steps back, with S = 5.
     """
     x, w_x, w_h = normal(12, 3), normal(4, 3), normal(4, 4) / 2
@@ -1103,7 +1103,7 @@ def check_optimal_d():
 def check_perfect_d():
     """At p = q, with a perfect D, more training still improves G.
 
-    Course: true. D* is 1/2 everywhere, so V does not depend on G's law to first order: the gradient
+    Goodfellow et al. 2014, prop. 1. D* is 1/2 everywhere, so V does not depend on G's law to first order: the gradient
     for the logits of q is zero. For p ≠ q it is not.
     """
     logits, other = normal(6), normal(6)

@@ -355,6 +355,15 @@ def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, ca
     assert stop.value.code == 1 and "loss_g is nan at step 1" in capsys.readouterr().err
 
 
+def test_a_penalty_that_explodes_is_never_saved(tmp_path, digits_dir, monkeypatch, capsys):
+    """The loss without it is still finite, the weights after it are not."""
+    monkeypatch.setattr(losses, "gradient_penalty", lambda critic, x, x_fake: x.sum() * math.nan)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, digits_dir, "--loss", "wgan-gp", "--d-steps", "1")
+    assert stop.value.code == 1 and "loss_d is nan at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--loss", "gan"], ["--loss", "gan"]),
     (["--loss", "lsgan", "--real-label", "0.9"], ["--real-label", "lsgan"]),
