@@ -8,21 +8,28 @@ Idea     D climbs E log D(x) + E log(1 - D(G(z)))                               
          G climbs E log D(G(z)) instead: full slope there                     -> nonsaturating_g()
          All others change D's question: lsgan_d, wgan_d, gradient_penalty, ebgan_d, began_d, ...
          The table METHODS says which two losses, which penalty and which labels make a method.
-See      samples.png: every loss from the same z; saturation.png: which gradient reaches G, by
-         formula and as measured; curves.png, log.csv, samples_{loss}.pt. Printed: classes by nearest
-         training picture, their KL to uniform in nats, and what a frozen log means.
-         Measured on MNIST: 10 classes for all three; KL 0.03, 0.04, 0.04 for minimax,
-         nonsaturating, lsgan. After 300 steps acgan obeys 94 % of the labels asked for, cgan 76 %;
-         ebgan and began draw no digits yet, wgan only blots, and infogan's code means nothing yet.
-Time     198 s on 2 CPU cores; --quick 15 s.
-Differs  no batch norm in D for any loss, dropout instead; Adam without momentum (beta1 = 0) for
-         all; rates fall along a cosine; dragan's noise as in its code; ebgan's margin 0.2.
+See      samples.png: every loss from the same z; saturation.png: which slope reaches G, and what
+         becomes of three generators whose D is far ahead: minimax freezes; curves.png, log.csv,
+         samples_{loss}.pt. Printed: classes by nearest training picture, their KL to uniform in
+         nats, labels obeyed, and what a frozen log means.
+         Measured on MNIST: 10 classes for ten losses, KL 0.001 to 0.07; acgan obeys 95 % of the
+         labels, cgan 90 %, infogan's code agrees with the digit for 68 % (54 % in another run).
+         began draws mostly 1s (KL 1.7): it asks only that the mean error of G's pictures be γ times
+         that of data, and a 1 is a picture of small error.
+Time     4 to 6 min on 2 CPU cores, which moved by a factor of 1.5; --loss all 22.5 min.
+Differs  no batch norm in D; Adam without momentum (beta1 = 0) for all, also for wgan; wgan and
+         wgan-gp make 3 and 2 steps of D, not 5; rates fall along a cosine; cgan's D adds its guess
+         of the label to the score (Miyato, Koyama 2018); infogan's Q sees disturbed pictures;
+         dragan's noise as in its code; began's error is a root mean square. The -ahead rows use a
+         larger eps in G's Adam: with the ordinary one Adam scales the tiny slope up again and
+         minimax recovers.
 Run      python 02_gan_losses.py --loss all
          python 02_gan_losses.py --loss nonsaturating --real-label 0.9
 """
 
 import functools
 import math
+import time
 from typing import Callable, NamedTuple
 
 import torch
@@ -35,10 +42,12 @@ import common
 ADAM_BETAS = (0.0, 0.999)
 LAMBDA = 10.0                    # weight of both gradient penalties: Gulrajani 2017, Kodali 2017
 CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
-MARGIN, PULL_AWAY = 0.2, 0.1     # ebgan
-GAMMA, LAMBDA_K = 0.5, 0.001     # began: Berthelot 2017
-PANEL = 36                       # pictures of each loss in samples.png
-Z, N_SAMPLES = 64, 10_000        # length of z; pictures in samples_{loss}.pt
+MARGIN, PULL_AWAY = 0.3, 1.0     # ebgan: Zhao 2017 has a weight of 0.1 for the second
+GAMMA, LAMBDA_K = 0.75, 0.05     # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
+PANEL = 60                       # pictures of each loss in samples.png, a column for each label
+Z, LABEL = 64, 3.0               # length of z; of a one-hot label beside it
+N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
+VEIL = torch.tensor([0.6, 0.4, 0.6, 0.2, 0.2])  # infogan: range of turn, stretch, shear, two shifts
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -50,8 +59,9 @@ def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
 
     y = real_label, y' = 1 - real_label for labels 0 and 1 (flipped labels) and else 0 (one-sided
     smoothing, Salimans et al. 2016). label_noise = w makes both uniform, of width w
-    around these values; those of the reals are drawn first. In nats, >= H(real_label); 2 log 2 =
-    1.386 if D cannot tell.
+    around these values; those of the reals are drawn first. The loss is linear in the labels, so
+    this noise leaves the mean of the gradient as it is. In nats; without noise >= H(real_label),
+    and 2 log 2 = 1.386 if D says 1/2 to all.
     """
     fake_label = 1.0 - real_label if real_label in (0, 1) else 0.0
     y, y_fake = (label + label_noise * (torch.rand(len(a), generator=generator).to(a) - 0.5)
@@ -156,6 +166,12 @@ def began_k(k, real_error, fake_error, lambda_k, gamma):
     return min(max(k + lambda_k * balance.item(), 0.0), 1.0)
 
 
+def began_convergence(real_error, fake_error, gamma):
+    """E L(x) + |γ E L(x) - E L(G(z))|: falls as a BEGAN learns (Berthelot et al. 2017)."""
+    balance = gamma * real_error.mean() - fake_error.mean()
+    return (real_error.mean() + balance.abs()).item()
+
+
 # --- the table of methods ----------------------------------------------------------------------
 
 class Method(NamedTuple):
@@ -164,49 +180,67 @@ class Method(NamedTuple):
     g: Callable                  # fake -> loss of G
     lr: tuple = (4e-3, 4e-3)     # of D, of G
     d_steps: int = 1
+    dropout: float = 0.3         # on D's features; a Lipschitz critic does better without
     labels: str = ""             # "condition": both get y; "guess": D says it; "code": invented
-    penalty: str = ""            # "gp" or "dragan", times LAMBDA
+    penalty: Callable = None     # (critic, x, x_fake) -> term added to D's loss, times LAMBDA
     clip: bool = False
     autoencoder: bool = False    # D's score is its reconstruction error
+    pull_away: bool = False      # G's pictures away from each other
+    eps: float = 1e-8            # G's Adam divides by √(mean g²) + eps
+    share: float = 1.0           # of --steps
 
 
 METHODS = {
     "minimax": Method(bce_d, minimax_g),
     "nonsaturating": Method(bce_d, nonsaturating_g),
-    "lsgan": Method(lsgan_d, lsgan_g),
-    "wgan": Method(wgan_d, wgan_g, clip=True, lr=(5e-4, 5e-4), d_steps=3),
-    "wgan-gp": Method(wgan_d, wgan_g, penalty="gp", lr=(1e-3, 1e-3), d_steps=3),
-    "dragan": Method(bce_d, nonsaturating_g, penalty="dragan"),
+    "lsgan": Method(lsgan_d, lsgan_g, lr=(2e-3, 2e-3)),  # at 4e-3 the squares blow up
+    "wgan": Method(wgan_d, wgan_g, lr=(1e-3, 2e-3), d_steps=3, dropout=0.0, clip=True),
+    "wgan-gp": Method(wgan_d, wgan_g, lr=(2e-3, 2e-3), d_steps=2, dropout=0.0,
+                      penalty=gradient_penalty),
+    "dragan": Method(bce_d, nonsaturating_g,
+                     penalty=lambda critic, x, x_fake: dragan_penalty(critic, x)),
     "cgan": Method(bce_d, nonsaturating_g, labels="condition"),
     "infogan": Method(bce_d, nonsaturating_g, labels="code"),
     "acgan": Method(bce_d, nonsaturating_g, labels="guess"),
-    "ebgan": Method(functools.partial(ebgan_d, margin=MARGIN), torch.mean, autoencoder=True,
-                    lr=(1e-3, 1e-3)),
-    "began": Method(began_d, torch.mean, autoencoder=True, lr=(1e-3, 1e-3)),
+    "ebgan": Method(functools.partial(ebgan_d, margin=MARGIN), torch.mean, lr=(2e-3, 2e-3),
+                    autoencoder=True, pull_away=True),
+    "began": Method(began_d, torch.mean, lr=(1e-3, 1e-3), autoencoder=True),
 }
+# D far ahead: three steps to one. Adam divides even a slope of 1e-6 up to a full step and so hides
+# that minimax is saturated; with a larger eps in G's Adam a small slope is a small step.
+METHODS |= {f"{name}-ahead": METHODS[name]._replace(lr=(2e-3, 4e-3), d_steps=3, eps=3e-3, share=0.2)
+            for name in ("minimax", "nonsaturating", "lsgan")}
 
 
 # --- how to read a log -------------------------------------------------------------------------
 
 def fingerprint(loss_d, loss_g, real_label=1.0):
-    """The likely cause of losses that stay constant, or None if they say nothing.
+    """The likely cause of losses that stay where they are, or None if they say nothing.
 
-    loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats.
+    loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats;
+    minimax_g is recognised by its sign.
     """
     entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
                                                  + (1 - real_label) * math.log(1 - real_label))
+    half = math.log(2)
     known = [
-        (2 * math.log(2), math.log(2), "D says 1/2 to all: the start, or D learns nothing"),
-        (math.log(1 + math.exp(-1)) + math.log(2), math.log(2), "a sigmoid applied twice: "
-         "softplus(-1) + ln 2; D must return logits"),
-        (2 * math.log(2), -math.log(2), "D says 1/2 to all: the start, or D learns nothing"),
+        (2 * half, half, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
+        (math.log(1 + math.exp(-1)) + half, half, "a sigmoid applied twice (softplus(-1) + ln 2 and "
+         "ln 2): D must return logits"),
         (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
         (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
     ]
     for d, g, cause in known:
-        if abs(loss_d - d) < 0.005 and (g is None or abs(loss_g - g) < 0.005):
-            return f"Loss_D {loss_d:.4f}, Loss_G {loss_g:.4f}: {cause}"
+        if abs(loss_d - d) < 0.005 and (g is None or abs(abs(loss_g) - g) < 0.005):
+            return cause
     return None
+
+
+def new_fingerprint(log, real_label):
+    """The fingerprint that the last three rows of a log share, if the row before had not."""
+    causes = [fingerprint(row["loss_d"], row["loss_g"], real_label) for row in log[-4:]]
+    new = len(causes) < 4 or causes[0] != causes[-1]
+    return causes[-1] if new and len(causes) >= 3 and len(set(causes[-3:])) == 1 else None
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -217,14 +251,27 @@ def channels(side):
     return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
-def generator(d_in, c, side, norm=nn.BatchNorm2d):
-    """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in = Z, + classes if G sees labels."""
+def decoder(d_in, c, side, norm):
+    """Layers [B, d_in] -> [B, C, side, side], unbounded."""
     widths, small = channels(side)
     layers = [nn.Linear(d_in, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
     for wide, narrow in zip(widths[::-1], [*widths[-2::-1], c]):
         layers += [norm(wide), nn.ReLU(),
                    nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
-    return start(nn.Sequential(*layers, nn.Tanh()))
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # faster on the CPU
+
+
+def generator(d_in, c, side):
+    """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in = Z, + classes if G sees labels.
+
+    Starts with normal weights of 0.02 and zero biases.
+    """
+    net = nn.Sequential(*decoder(d_in, c, side, nn.BatchNorm2d), nn.Tanh())
+    for layer in net:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return net
 
 
 def trunk(c, side):
@@ -236,47 +283,43 @@ def trunk(c, side):
     return nn.Sequential(*layers, nn.Flatten()), widths[-1] * small ** 2
 
 
-def start(net):
-    """Normal weights of 0.02, zero biases; channels-last memory, faster on the CPU."""
-    for layer in net.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-    return net.to(memory_format=torch.channels_last)
-
-
 class Discriminator(nn.Module):
     """(x, y) -> logits [B], guesses of the label [B, classes].
 
-    y: one-hot [B, planes], laid over the picture as constant planes; planes = 0 ignores it.
+    conditional: to the logit is added the guess of the label asked for, y one-hot [B, classes]
+    (Miyato, Koyama 2018); else y is not used.
     """
 
-    def __init__(self, c, side, planes, classes):
+    def __init__(self, c, side, classes, conditional, dropout):
         super().__init__()
-        self.planes = planes
-        self.trunk, features = trunk(c + planes, side)
-        self.drop = nn.Dropout(0.3)
+        self.conditional = conditional
+        self.trunk, features = trunk(c, side)
+        self.drop = nn.Dropout(dropout)
         self.score, self.guess = nn.Linear(features, 1), nn.Linear(features, classes)
 
     def forward(self, x, y):
-        if self.planes:
-            x = torch.cat([x, y[:, :, None, None].expand(-1, -1, *x.shape[2:])], dim=1)
         h = self.drop(self.trunk(x))
-        return self.score(h).flatten(), self.guess(h)
+        score, guess = self.score(h).flatten(), self.guess(h)
+        return score + (guess * y).sum(dim=1) if self.conditional else score, guess
 
 
 class Autoencoder(nn.Module):
-    """(x, y) -> mean |x - decoded(x)| of each picture [B], codes [B, 64]; y is not used."""
+    """(x, y) -> errors ‖x - decoded(x)‖ / √(C side²) [B], codes [B, 64]; y is not used.
+
+    The root, not the square: however bad a fake, D gains at a bounded rate from making it worse.
+    No tanh at the end, whose slope would be 0 at black.
+    """
 
     def __init__(self, c, side):
         super().__init__()
         convolutions, features = trunk(c, side)
         self.encode = nn.Sequential(convolutions, nn.Linear(features, 64))
-        self.decode = generator(64, c, side, norm=nn.Identity)
+        self.decode = decoder(64, c, side, nn.Identity)
 
     def forward(self, x, y):
         codes = self.encode(x)
-        return (x - self.decode(codes)).abs().flatten(1).mean(dim=1), codes
+        error = (x - self.decode(codes)).flatten(1)
+        return torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5, codes
 
 
 # --- measures ----------------------------------------------------------------------------------
@@ -300,14 +343,14 @@ def report(x, y, images, labels):
     training picture; obeyed: share of samples with the label asked for (infogan: with the label
     that its code stands for, after the best one-to-one matching of codes and labels).
     """
-    found, distance = nearest_labels(x, images)
+    found, distance = (a.cpu() for a in nearest_labels(x, images))
     numbers = {"distance": distance.mean().item()}
     if images.y is not None:
         k = int(images.y.max()) + 1
         p = torch.bincount(found, minlength=k).double() / len(found)
         numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
         if labels:
-            table = torch.zeros(k, k).index_put_((y.cpu(), found.cpu()), torch.ones(1), True)
+            table = torch.zeros(k, k).index_put_((y.cpu(), found), torch.ones(1), True)
             obeyed = best_matching(table) if labels == "code" else table.trace().item()
             numbers["obeyed"] = obeyed / len(found)
     return numbers
@@ -347,8 +390,7 @@ def nets(method, c, side, classes):
     G = generator(Z + classes * bool(method.labels), c, side)
     if method.autoencoder:
         return G, Autoencoder(c, side)
-    planes = classes if method.labels == "condition" else 0
-    return G, Discriminator(c, side, planes, classes)
+    return G, Discriminator(c, side, classes, method.labels == "condition", method.dropout)
 
 
 def train(args, name, images, device, saved, done):
@@ -358,56 +400,61 @@ def train(args, name, images, device, saved, done):
     """
     torch.manual_seed(args.seed)
     method, (c, side) = METHODS[name], images.x.shape[1:3]
-    steps, d_steps = args.steps, args.d_steps or method.d_steps
+    steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
     classes = 10 if images.y is None else int(images.y.max()) + 1
     z_fixed = torch.randn(N_SAMPLES, Z).to(device)  # the same for every method and figure
     y_fixed = torch.arange(N_SAMPLES, device=device) % classes
     G, D = (net.to(device) for net in nets(method, c, side, classes))
-    lr_d, lr_g = args.lr_d or method.lr[0], args.lr_g or method.lr[1]
-    opt_d = torch.optim.Adam(D.parameters(), lr=lr_d, betas=ADAM_BETAS, fused=True)
-    opt_g = torch.optim.Adam(G.parameters(), lr=lr_g, betas=ADAM_BETAS, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), lr=args.lr_d or method.lr[0], betas=ADAM_BETAS,
+                             fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), lr=args.lr_g or method.lr[1], betas=ADAM_BETAS,
+                             eps=method.eps, fused=True)
     rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("cosine", opt_g, steps)
     parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
+
+    first, log, k = 0, [], 0.0  # k: BEGAN's
+    if saved:
+        first, log, k = saved["step"], saved["log"], saved["k"]
+        common.restore(saved, parts)
     d_loss, began = method.d, method.d is began_d
+    sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data, G wants the same
     if method.d is bce_d:
         d_loss = functools.partial(bce_d, real_label=args.real_label, label_noise=args.label_noise)
+    real_batches = common.batches(images, args.batch, args.seed, first * d_steps)
+    show = common.progress(name, steps, args.batch, first)
+    every, began_at = max(1, steps // 40), time.monotonic()
+
+    def draw(x, y):
+        """Labels for a batch like x, one-hot (None for a method without), and G's pictures."""
+        if method.labels == "code":
+            y = torch.randint(classes, (len(x),), device=device)
+        one_hot = F.one_hot(y, classes).float() if method.labels else None
+        return y, one_hot, G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
+
+    def noisy(x):
+        return x + args.input_noise * (1 - step / steps) * torch.randn_like(x)
 
     def critic(x):
         return D(x, one_hot)[0]  # with the labels of the batch at hand
 
-    first, log, k = 0, [], 0.0
-    if saved:
-        first, log, k = saved["step"], saved["log"], saved["k"]
-        common.restore(saved, parts)
-    real_batches = common.batches(images, args.batch, args.seed, first * d_steps)
-    show = common.progress(name, steps, args.batch, first)
-    every = max(1, steps // 40)
-
     with common.ctrl_c() as pressed:
         for step in range(first + 1, steps + 1):
-            noise = args.input_noise * (1 - step / steps)
             milestone = step % every == 0 or step == steps
 
             # D's half: descend its loss on data and on G's pictures, G untouched
             for _ in range(d_steps):
                 x, y = next(real_batches)
-                if method.labels == "code":
-                    y = torch.randint(classes, (len(x),), device=device)
-                one_hot = F.one_hot(y, classes).float() if method.labels else None
-                x_fake = G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
-                both = torch.cat([x, x_fake.detach()])
-                twice = torch.cat([one_hot, one_hot]) if method.labels else None
-                score, guess = D(both + noise * torch.randn_like(both), twice)  # one pass for both
+                y, one_hot, x_fake = draw(x, y)
+                both = noisy(torch.cat([x, x_fake.detach()]))  # one pass for both
+                score, guess = D(both, None if one_hot is None else torch.cat([one_hot, one_hot]))
                 real, fake = score.split(len(x))
                 total_d = loss_d = d_loss(real, fake, k) if began else d_loss(real, fake)
                 if method.labels == "guess":
                     total_d = total_d + F.cross_entropy(guess, torch.cat([y, y]))
                 if method.labels == "code":
-                    total_d = total_d + F.cross_entropy(guess[len(x):], y)
-                if method.penalty == "gp":
-                    total_d = total_d + LAMBDA * gradient_penalty(critic, x, x_fake.detach())
-                if method.penalty == "dragan":
-                    total_d = total_d + LAMBDA * dragan_penalty(critic, x)
+                    total_d = total_d + F.cross_entropy(D(disturbed(x_fake.detach()), None)[1], y)
+                if method.penalty:
+                    total_d = total_d + LAMBDA * method.penalty(critic, x, x_fake.detach())
                 if args.r1:
                     total_d = total_d + args.r1 / 2 * r1_penalty(critic, x)
                 opt_d.zero_grad()
@@ -422,12 +469,14 @@ def train(args, name, images, device, saved, done):
             # G's half: descend its loss through D, D untouched
             for g_step in range(args.g_steps):
                 if g_step:
-                    x_fake = G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
-                fake, guess = D(x_fake + noise * torch.randn_like(x_fake), one_hot)
-                total_g = loss_g = method.g(fake)
-                if method.labels in ("guess", "code"):
+                    y, one_hot, x_fake = draw(x, y)
+                fake, guess = D(noisy(x_fake), one_hot)
+                total_g = loss_g = method.g(sign * fake)
+                if method.labels == "guess":
                     total_g = total_g + F.cross_entropy(guess, y)
-                if method.autoencoder and not began:
+                if method.labels == "code":
+                    total_g = total_g + F.cross_entropy(D(disturbed(x_fake), None)[1], y)
+                if method.pull_away:
                     total_g = total_g + PULL_AWAY * pull_away(guess)
                 if milestone:
                     slope, = torch.autograd.grad(loss_g, fake, retain_graph=True)
@@ -442,8 +491,12 @@ def train(args, name, images, device, saved, done):
             if milestone:
                 read = torch.sigmoid if method.d is bce_d else nn.Identity()
                 log.append({"loss": name, "step": step, "loss_d": loss_d.item(),
-                            "loss_g": loss_g.item(), "D(x)": read(real).mean().item(),
-                            "D(G(z))": read(fake).mean().item(), "slope": slope.abs().sum().item()})
+                            "loss_g": loss_g.item(), "D(x)": read(sign * real).mean().item(),
+                            "D(G(z))": read(sign * fake).mean().item(),
+                            "slope": slope.abs().sum().item(), "gradient": nn.utils.get_total_norm(
+                                [p.grad for p in G.parameters()]).item()})
+                if began:
+                    log[-1]["convergence"] = began_convergence(real, fake, GAMMA)
                 cause = method.d is bce_d and new_fingerprint(log, args.real_label)
                 if cause:
                     print(f"{name}: losses stay at {loss_d:.4f} and {loss_g:.4f}: {cause}")
@@ -452,16 +505,33 @@ def train(args, name, images, device, saved, done):
             if pressed():
                 common.stop(step)
 
+    ms = 1000 * (time.monotonic() - began_at) / max(1, steps - first)
     samples = generate(G, with_labels(
         z_fixed, F.one_hot(y_fixed, classes).float() if method.labels else None))
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
     return {"log": log, "pictures": common.to_uint8(samples[:PANEL]).cpu(),
-            **report(samples, y_fixed, images, method.labels)}
+            "ms a step": ms,
+            **report(samples[:N_NEAREST], y_fixed[:N_NEAREST], images, method.labels)}
 
 
 def with_labels(z, one_hot):
-    """G's input: z, followed by the one-hot label if there is one."""
-    return z if one_hot is None else torch.cat([z, one_hot], dim=1)
+    """G's input: z, followed by the one-hot label, of length LABEL, if there is one."""
+    return z if one_hot is None else torch.cat([z, LABEL * one_hot], dim=1)
+
+
+def disturbed(x):
+    """x turned, scaled, sheared and shifted at random, with noise as strong as the picture.
+
+    What InfoGAN's code stands for is what Q can read. From clean pictures it reads any detail that
+    G chooses to hide the code in; through this veil only what is plain survives: the digit.
+    """
+    n = len(x)
+    turn, stretch, shear, right, down = ((torch.rand(5, n, device=x.device) - 0.5)
+                                         * VEIL.to(x.device)[:, None])
+    rows = [(1 + stretch) * turn.cos(), shear - turn.sin(), right,
+            turn.sin(), (1 + stretch) * turn.cos(), down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(n, 2, 3), x.shape, align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1 + torch.randn_like(x)
 
 
 @torch.no_grad()
@@ -473,13 +543,6 @@ def generate(G, z):
     return x
 
 
-def new_fingerprint(log, real_label):
-    """The fingerprint that the last three rows of a log share, if the row before had not."""
-    causes = [fingerprint(row["loss_d"], row["loss_g"], real_label) for row in log[-4:]]
-    new = len(causes) < 4 or causes[0] != causes[-1]
-    return causes[-1] if new and len(causes) >= 3 and len(set(causes[-3:])) == 1 else None
-
-
 # --- figures -----------------------------------------------------------------------------------
 
 def figures(args, images, done):
@@ -487,16 +550,21 @@ def figures(args, images, done):
     def panel(name, run):
         numbers = [f"{key} {run[key]:.3g}" for key in ("kl", "obeyed") if key in run]
         return (f"{name}\n{', '.join(numbers)}",
-                lambda ax: common.draw_images(ax, run["pictures"], columns=6))
+                lambda ax: common.draw_images(ax, run["pictures"], columns=10))
 
     title = f"GAN losses on {images.name}, seed {args.seed}, same z"
-    data = ("data\n", lambda ax: common.draw_images(ax, images.x[:PANEL], columns=6))
+    data = ("data\n", lambda ax: common.draw_images(ax, images.x[:PANEL], columns=10))
     cells = [data] + [panel(name, run) for name, run in done.items()]
     common.save_panels(args.out / "samples.png",
                        [("", cells[i:i + 4]) for i in range(0, len(cells), 4)], title)
     log = [row for run in done.values() for row in run["log"]]
-    common.save_panels(args.out / "saturation.png", [("", [
-        ("slope of G's loss\nagainst D(G(z))", lambda ax: draw_slopes(ax, log))])])
+    ahead = {name: run for name, run in done.items() if name.endswith("-ahead")}
+    if ahead:
+        common.save_panels(args.out / "saturation.png", [("", [
+            ("slope of G's loss against D(G(z)):\nformula, and where training was",
+             lambda ax: draw_slopes(ax, log)),
+            ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log)),
+            *(panel(name, run) for name, run in ahead.items())])])
     common.plot_curves(args.out / "curves.png", log, list(log[0])[2:], "loss", title)
     common.write_log(args.out / "log.csv", log)
 
@@ -510,11 +578,19 @@ def draw_slopes(ax, log):
     for colour, (name, slope) in enumerate({"minimax": p, "nonsaturating": 1 - p,
                                             "lsgan": 2 * (1 - p)}.items()):
         ax.plot(p, slope, f"C{colour}", label=name)
-        rows = [row for row in log if row["loss"] == name]
+        rows = [row for row in log if row["loss"] in (name, f"{name}-ahead")]
         ax.plot([row["D(G(z))"] for row in rows], [row["slope"] for row in rows], ".",
                 color=f"C{colour}", markersize=4, alpha=0.5)
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 2.05))
     ax.legend(fontsize=7)
+
+
+def draw_ahead(ax, log):
+    """Norm of the gradient of G's loss in all weights of G while D was ahead, against the step."""
+    for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
+        rows = [row for row in log if row["loss"] == f"{name}-ahead"]
+        ax.semilogy([row["step"] for row in rows], [row["gradient"] for row in rows], f"C{colour}")
+    ax.set(xlabel="step")
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -523,9 +599,9 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("losses")
     g.add_argument("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
-                   default=["minimax", "nonsaturating", "lsgan"],
+                   default=[n for n in METHODS if n.startswith(("minimax", "nonsat", "lsgan"))],
                    help=f"{', '.join(METHODS)}, or all")
-    g.add_argument("--steps", type=common.positive_int, default=1000, help="steps of G")
+    g.add_argument("--steps", type=common.positive_int, default=800, help="steps of G")
     g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
     g = p.add_argument_group("what the two players get")
     g.add_argument("--lr-d", type=common.positive_float, help="D's rate; else the method's")
@@ -543,7 +619,8 @@ def parse_args(argv=None):
                    help="standard deviation of noise on D's input, in [-1, 1] units, falls to 0")
     g.add_argument("--r1", type=common.not_negative, default=0.0, help="weight of R1, gamma")
     args = p.parse_args(argv)
-    args.steps = max(1, args.steps // 100) if args.quick else args.steps
+    if args.quick:
+        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
     args.loss = list(METHODS) if "all" in args.loss else list(dict.fromkeys(args.loss))
     return args
 
@@ -551,14 +628,18 @@ def parse_args(argv=None):
 def check(args, images):
     """Ends the run if the flags do not fit the data or the losses."""
     c, h, w = images.x.shape[1:]
-    if h != w or h % 4:
-        common.fail(f"the pictures are {w}x{h}, G needs squares with sides divisible by 4")
+    widths, small = channels(h)
+    fits = small * 2 ** len(widths)
+    if h != w or h != fits:
+        common.fail(f"the pictures are {w}x{h}, G draws {fits}x{fits}: use --size {fits}")
     for name in args.loss:
         method = METHODS[name]
         if images.y is None and method.labels in ("condition", "guess"):
             common.fail(f"{name} needs labels, and {images.name} has none")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
+        if method.pull_away and min(args.batch, len(images.x)) < 2:
+            common.fail(f"{name} compares the pictures of a batch: use --batch 2 or more")
         if method.autoencoder and args.r1:
             common.fail(f"--r1 is for scores, and the D of {name} is an autoencoder")
 
@@ -575,7 +656,7 @@ def main(argv=None):
             resumed = saved if saved and saved["loss"] == name else None
             done[name] = train(args, name, images, device, resumed, dict(done))
     figures(args, images, done)
-    columns = ["classes", "kl", "distance", "obeyed"]
+    columns = ["classes", "kl", "distance", "obeyed", "ms a step"]
     common.print_table(["loss", *columns], [
         [name, *(f"{run.get(column, math.nan):.3g}" for column in columns)]
         for name, run in done.items()])

@@ -1,18 +1,23 @@
 """Speed and memory, measured here and now: python tests/benchmark.py, with nothing else running."""
 
+import contextlib
 import importlib
+import io
 import itertools
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
+losses = importlib.import_module("02_gan_losses")
 unrolled = importlib.import_module("03_unrolled_gan")
 
 
@@ -71,11 +76,75 @@ def generator_steps():
     return rows
 
 
+def upsampling_nets():
+    """The DCGAN of a much-used collection (PyTorch-GAN, dcgan.py) at its published settings."""
+    def block(i, o, norm):
+        return [nn.Conv2d(i, o, kernel_size=3, stride=2, padding=1), nn.LeakyReLU(0.2),
+                nn.Dropout2d(0.25), *([nn.BatchNorm2d(o)] if norm else [])]
+
+    def up(i, o):
+        return [nn.Upsample(scale_factor=2), nn.Conv2d(i, o, kernel_size=3, padding=1),
+                nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
+    G = nn.Sequential(nn.Linear(100, 128 * 64), nn.Unflatten(1, (128, 8, 8)), nn.BatchNorm2d(128),
+                      *up(128, 128), *up(128, 64), nn.Conv2d(64, 1, kernel_size=3, padding=1),
+                      nn.Tanh())
+    D = nn.Sequential(*block(1, 16, False), *block(16, 32, True), *block(32, 64, True),
+                      *block(64, 128, True), nn.Flatten(), nn.Linear(512, 1), nn.Flatten(0))
+    return G, D
+
+
+def gan_step(G, D, x, d_z):
+    """Forward, backward and optimiser of one D and one G step, on the same batch again and again.
+
+    D: x -> logits.
+    """
+    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) for net in (D, G))
+
+    def step():
+        x_fake = G(torch.randn(len(x), d_z))
+        real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
+        loss_d = losses.bce_d(real, fake)
+        opt_d.zero_grad()
+        loss_d.backward()
+        opt_d.step()
+        loss_g = losses.nonsaturating_g(D(x_fake))
+        opt_g.zero_grad()
+        loss_g.backward(inputs=tuple(G.parameters()))
+        opt_g.step()
+    return step
+
+
+def gan_steps():
+    """Pictures/s of one training step at batch 64, and what chapter 02's loop adds to it."""
+    rows = []
+    theirs = 64 / seconds(gan_step(*upsampling_nets(), torch.rand(64, 1, 32, 32), 100), least=6)
+    G, D = losses.nets(losses.METHODS["nonsaturating"], 1, 28, 10)
+    score = lambda x: D(x, None)[0]
+    score.parameters = D.parameters
+    bare = gan_step(G, score, torch.rand(64, 1, 28, 28), losses.Z)
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        images = common.Images(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), None, "")
+        losses.N_SAMPLES = 64
+        args = losses.parse_args(["--out", out, "--steps", "100"])
+
+        def full():
+            losses.train(args, "nonsaturating", images, torch.device("cpu"), None, {})
+        pairs = [(seconds(bare, least=4), seconds(full, least=0) / 100) for _ in range(3)]
+    step, loop = (min(times) for times in zip(*pairs))
+    for name, speed in (("02_gan_losses, its loop", 64 / loop), ("the step alone", 64 / step),
+                        ("PyTorch-GAN's dcgan.py", theirs)):
+        rows.append([name, f"{speed:,.0f}", f"{speed / theirs:.1f} x"])
+    print(f"outside forward, backward, optimiser: {100 * (1 - step / loop):.0f} % of a step")
+    return rows
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     common.print_table(["loader", "images/s", "ratio"], loaders())
     print()
     common.print_table(["nets", "method", "k", "ms per G step", "ratio"], generator_steps())
+    print()
+    common.print_table(["GAN step, batch 64", "pictures/s", "ratio"], gan_steps())
     print()
     began = time.perf_counter()
     common.draw_digits(24_000, seed=0)

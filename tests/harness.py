@@ -36,3 +36,12 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
         for name in a)
+
+
+def rejected(prop, twin, *case):
+    """The property fails for the wrong twin."""
+    try:
+        prop(twin, *case)
+    except AssertionError:
+        return True
+    return False

@@ -13,21 +13,12 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import common
-from harness import killed_after, results, same
+from harness import killed_after, rejected, results, same
 from strategies import generator, normal, seeds
 
 losses = importlib.import_module("02_gan_losses")
 EPS = torch.finfo(torch.float64).eps
 sizes = st.integers(1, 8)
-
-
-def rejected(prop, twin, *case):
-    """The property fails for the wrong twin."""
-    try:
-        prop(twin, *case)
-    except AssertionError:
-        return True
-    return False
 
 
 def mean(values):
@@ -110,6 +101,12 @@ def test_scores_losses_are_their_formulas(seed, n):
              mean([a ** 2 for a in r]) - 0.3 * mean([a ** 2 for a in f]))]:
         assert_close(got.item(), expected, rtol=0,
                      atol=8 * n * EPS * (1 + max(map(abs, r + f))) ** 2)
+
+
+@given(st.floats(0, 5), st.floats(0, 5), st.floats(0, 1))
+def test_began_has_converged_when_data_is_coded_and_the_balance_is_met(real, fake, gamma):
+    measure = losses.began_convergence(*torch.tensor([[real], [fake]], dtype=torch.float64), gamma)
+    assert_close(measure, real + abs(gamma * real - fake), rtol=0, atol=50 * EPS)
 
 
 @given(st.floats(0, 1), st.floats(0, 5), st.floats(0, 5), st.floats(0, 1), st.floats(0, 1))
@@ -229,21 +226,93 @@ def test_a_step_of_g_moves_its_picture_toward_the_data(name):
     assert method.d(score(real), score(fake), *k) < method.d(score(fake), score(real), *k)
 
 
-@pytest.mark.parametrize("name", losses.METHODS)
-@pytest.mark.parametrize("c, side", [(1, 28), (3, 32), (3, 64)])
-def test_scores_of_d_do_not_depend_on_the_rest_of_the_batch(name, c, side):
-    """So there is no batch norm in D: with it no per-example penalty and no honest score."""
-    method = losses.METHODS[name]
-    torch.manual_seed(0)
-    G, D = losses.nets(method, c, side, 10)
-    z = torch.randn(4, losses.Z + 10 * bool(method.labels))
-    x, y = G(z), torch.eye(10)[:4]
-    assert x.shape == (4, c, side, side) and x.abs().max() <= 1
-    D.eval()
+def scores_stand_alone(D, c, side):
+    """The score of a picture in a batch is its score alone, while training (dropout is off)."""
+    x, y = torch.randn(4, c, side, side), torch.eye(10)[:4]
     together, alone = D(x, y)[0], torch.cat([D(x[i:i + 1], y[i:i + 1])[0] for i in range(4)])
     assert together.shape == (4,)
     # float32 sums of up to side² c 16 terms of size 1 or less, in another order
     assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minimax", "cgan", "ebgan"])
+@pytest.mark.parametrize("c, side", [(1, 28), (3, 32), (3, 64)])
+def test_scores_of_d_do_not_depend_on_the_rest_of_the_batch(name, c, side):
+    """So there is no batch norm in D: with it no per-example penalty and no honest score."""
+    torch.manual_seed(0)
+    G, D = losses.nets(losses.METHODS[name]._replace(dropout=0.0), c, side, 10)
+    scores_stand_alone(D, c, side)
+    x = G(torch.randn(4, losses.Z + 10 * (name == "cgan")))
+    assert x.shape == (4, c, side, side) and x.abs().max() <= 1
+
+
+def test_a_d_with_batch_norm_is_rejected():
+    torch.manual_seed(0)
+    _, D = losses.nets(losses.METHODS["minimax"]._replace(dropout=0.0), 1, 28, 10)
+    D.trunk.insert(1, nn.BatchNorm2d(32))
+    assert rejected(scores_stand_alone, D, 1, 28)
+
+
+def test_the_code_of_infogan_teaches_both_g_and_q():
+    """The gradient of log Q(c | G(z, c)) reaches the weights of Q and every weight of G."""
+    method = losses.METHODS["infogan"]
+    torch.manual_seed(0)
+    G, D = losses.nets(method, 1, 28, 10)
+    y = torch.arange(4)
+    x_fake = G(losses.with_labels(torch.randn(4, losses.Z), F.one_hot(y, 10).float()))
+    F.cross_entropy(D(losses.disturbed(x_fake), None)[1], y).backward()
+    assert all(p.grad.abs().sum() > 0 for p in [*G.parameters()][:1] + [D.guess.weight])
+    code = G[0].weight.grad[:, losses.Z:]
+    assert (code[:, :4].abs().sum(0) > 0).all() and (code[:, 4:] == 0).all()  # of the codes used
+
+
+@given(seeds())
+def test_a_veil_without_movement_is_noise_alone(seed):
+    torch.manual_seed(seed)
+    x, still = torch.rand(8, 1, 20, 20) * 2 - 1, losses.VEIL
+    try:
+        losses.VEIL = torch.zeros(5)
+        noise = losses.disturbed(x) - x
+    finally:
+        losses.VEIL = still
+    n = noise.numel()
+    assert abs(noise.mean().item()) <= 6 / n ** 0.5
+    assert abs(noise.var().item() - 1) <= 6 * (2 / n) ** 0.5
+
+
+def test_a_veil_moves_each_picture_and_keeps_it_a_picture(monkeypatch):
+    """Without noise: a white square in the middle stays within [-1, 1], keeps about its area
+    (scale 0.8 to 1.2, so 0.64 to 1.44 of it, and a pixel of border), and ends differently."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    x = torch.full((16, 1, 40, 40), -1.0)
+    x[:, :, 14:26, 14:26] = 1
+    torch.manual_seed(0)
+    moved = losses.disturbed(x)
+    area = ((moved + 1) / 2).sum((1, 2, 3)) / 144
+    assert moved.min() >= -1 and moved.max() <= 1 + 1e-6
+    assert area.min() > 0.5 and area.max() < 1.7
+    assert len(torch.unique(moved.flatten(1), dim=0)) == 16
+
+
+def test_a_conditional_d_asks_for_the_label():
+    """Its score differs between two labels as its guesses do; that of the others does not."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(3, 1, 28, 28), torch.eye(10)
+    for name in ("cgan", "acgan"):
+        _, D = losses.nets(losses.METHODS[name], 1, 28, 10)
+        D.eval()
+        (a, guess), (b, _) = (D(x, labels[i].expand(3, -1)) for i in (2, 7))
+        expected = guess[:, 2] - guess[:, 7] if name == "cgan" else torch.zeros(3)
+        assert_close(a - b, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adam_hides_a_small_slope_and_a_larger_eps_does_not():
+    """Its first step is rate g / (|g| + eps): full for g = 1e-6 and torch's eps of 1e-8."""
+    for eps, expected in ((1e-8, 0.99), (losses.METHODS["minimax-ahead"].eps, 3.3e-4)):
+        p = torch.zeros(1, requires_grad=True)
+        p.grad = torch.tensor([1e-6])
+        torch.optim.Adam([p], lr=1.0, betas=losses.ADAM_BETAS, eps=eps).step()
+        assert_close(-p.item(), expected, rtol=0.02, atol=0)
 
 
 @given(st.floats(-30, 30))
@@ -304,11 +373,11 @@ def run(out, digits_dir, *flags):
 
 
 def test_all_methods_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digits_dir):
-    """All eleven, one after the other, three checkpoints each; noise and schedule resume too."""
+    """All rows of the table, one after the other; noise and schedule resume too."""
     flags = ["--loss", "all", "--steps", "3", "--input-noise", "0.1", "--d-schedule", "cyclic"]
     straight = run(tmp_path / "straight", digits_dir, *flags)
-    assert len(straight) == 12
-    for death in (2, 10, 4, 12):
+    assert len(straight) == len(losses.METHODS) + 1
+    for death in (2, 10, 4, 12, 4):
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, "--resume", *flags)
     assert same(run(tmp_path / "killed", digits_dir, "--resume", *flags), straight)
@@ -326,7 +395,7 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
 
 
 def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
-    """3 D steps and 2 G steps for each of 6 steps; G's gradient never moves D and the reverse."""
+    """3 D steps and 2 G steps for each of 6 steps."""
     steps = []
     original = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda opt, *a: (
@@ -338,10 +407,48 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
     assert steps == 6 * ([of_d] * 3 + [of_g] * 2)
 
 
+@pytest.mark.parametrize("name, column", [
+    ("wgan", {"clip": False}), ("wgan", {"dropout": 0.3}), ("ebgan", {"pull_away": False}),
+    ("dragan", {"penalty": None}), ("acgan", {"labels": "condition"}), ("lsgan", {"eps": 0.1}),
+    ("infogan", {"labels": "guess"}), ("wgan-gp", {"d_steps": 1}), ("minimax", {"share": 0.5})])
+def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, monkeypatch, name,
+                                                        column):
+    flags = ["--loss", name, "--steps", "2"]
+    plain = run(tmp_path / "plain", digits_dir, *flags)
+    monkeypatch.setitem(losses.METHODS, name, losses.METHODS[name]._replace(**column))
+    assert not same(run(tmp_path / "other", digits_dir, *flags), plain)
+
+
+def test_wgan_keeps_its_weights_in_the_box(tmp_path, digits_dir):
+    run(tmp_path, digits_dir, "--loss", "wgan", "--steps", "2")
+    D = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["D"]
+    assert max(p.abs().max().item() for p in D.values()) == pytest.approx(losses.CLIP)
+
+
+def test_flipped_labels_teach_g_the_same_as_ordinary_ones(tmp_path, digits_dir, monkeypatch):
+    """With D's last layer negated at the start the two runs are mirror images: equal pictures."""
+    flags = ["--loss", "minimax", "nonsaturating", "--steps", "2"]
+    plain = run(tmp_path / "plain", digits_dir, *flags)
+    build = losses.nets
+
+    def mirrored(*setting):
+        G, D = build(*setting)
+        for p in D.score.parameters():
+            p.data.neg_()
+        return G, D
+    monkeypatch.setattr(losses, "nets", mirrored)
+    flipped = run(tmp_path / "flipped", digits_dir, *flags, "--real-label", "0")
+    for name in ("samples_minimax.pt", "samples_nonsaturating.pt"):
+        # float32: log σ(a) and log(1 - σ(-a)) are rounded apart; 1 of 255 grey levels
+        assert (plain[name].int() - flipped[name].int()).abs().max() <= 1
+
+
 def test_a_frozen_log_is_named_once():
     """Three rows with the same fingerprint: named at the third, not again, not for one row less."""
     frozen, moving = {"loss_d": 1.0064, "loss_g": 0.6931}, {"loss_d": 1.2, "loss_g": 0.9}
     log = [moving, *5 * [frozen]]
+    perfect = [{"loss_d": d, "loss_g": -d / 2} for d in (0.0008, 0.0012, 0.0021)]
+    assert "no gradient" in losses.new_fingerprint(perfect, 1.0)
     named = [losses.new_fingerprint(log[:i], 1.0) is not None for i in range(1, len(log) + 1)]
     assert named == [False, False, False, True, False, False]
     assert "twice" in losses.new_fingerprint(log[:4], 1.0)
@@ -357,7 +464,8 @@ def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, ca
 
 def test_a_penalty_that_explodes_is_never_saved(tmp_path, digits_dir, monkeypatch, capsys):
     """The loss without it is still finite, the weights after it are not."""
-    monkeypatch.setattr(losses, "gradient_penalty", lambda critic, x, x_fake: x.sum() * math.nan)
+    broken = losses.METHODS["wgan-gp"]._replace(penalty=lambda critic, x, x_fake: x.sum() * math.nan)
+    monkeypatch.setitem(losses.METHODS, "wgan-gp", broken)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, digits_dir, "--loss", "wgan-gp", "--d-steps", "1")
     assert stop.value.code == 1 and "loss_d is nan at step 1" in capsys.readouterr().err
@@ -376,6 +484,18 @@ def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
         run(tmp_path, digits_dir, *flags)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words)
+
+
+def test_bad_sizes_and_batches_get_one_line(tmp_path, digits_dir, capsys):
+    (tmp_path / "p").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(tmp_path / "p" / f"{i}.png")
+    for flags, words in ((["--data", str(tmp_path / "p"), "--size", "36"], "use --size 32"),
+                         (["--loss", "ebgan", "--batch", "1"], "--batch 2 or more")):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "out", digits_dir, *flags)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and words in err
 
 
 def test_labels_are_asked_for_only_where_there_are_some(tmp_path, capsys):

@@ -1,0 +1,374 @@
+r"""01 - VAE: a bound of log p(x) that a pair of networks can climb.
+
+Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015, arXiv:1509.00519 (the bound with
+         k samples).
+Idea     q(z|x) = N(mu(x), σ²(x)),  z = mu + σ u,  u ~ N(0, I)                   -> reparameterise()
+         KL(q(z|x) ‖ N(0, I)) = ½ Σ (σ² + mu² - 1 - log σ²)                -> kl_standard_normal()
+         log p(x) >= E_q log p(x|z) - KL = ELBO: the loss is -ELBO, or the course's   -> vae_loss()
+         log p(x) >= E log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x), tight as k grows       -> iwae_bound()
+See      pictures.png: reconstructions, one picture encoded five times, samples, the way from one
+         code to another (--z-dim 2: the latent plane); study.png: what sigma^2 and the KL term do;
+         curves.png, log.csv, samples.pt. Printed: test NLL by the bound with k = 100, -ELBO, KL in
+         nats; error of reconstructions; spread of the codes; distance of samples to the data.
+         In work: the settings are not tuned yet, so no figures here.
+Differs  convolutions with batch norm for the paper's perceptrons; every batch is drawn to 0 or 1
+         anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
+Time     --quick 15 s on 2 CPU cores.
+Run      python 01_vae.py
+         python 01_vae.py --data path/to/faces --models vae --steps 3000 --batch 40 --z-dim 128
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+HIDDEN = 256                     # width of the layer beside the code, both sides
+MODELS = ["vae", "low", "mid", "high", "no-kl"]
+STUDY = 0.12                     # steps of the last four, as a share of --steps
+N_TEST, K_TEST = 1000, 100       # test pictures, samples of z for each: the importance-weighted bound
+N_SAMPLES = 10_000               # pictures in samples.pt
+
+
+# --- the idea ----------------------------------------------------------------------------------
+
+def reparameterise(mu, logvar, u):
+    """z = mu + σ u, σ = exp(logvar / 2): a sample of N(mu, σ²) through which gradients flow.
+
+    mu, logvar: [B, d]; u: standard normal [..., B, d], so that k samples for each are [k, B, d].
+    """
+    return mu + torch.exp(logvar / 2) * u
+
+
+def kl_standard_normal(mu, logvar):
+    """KL(N(mu, σ²) ‖ N(0, I)) = ½ Σ_j (σ_j² + mu_j² - 1 - log σ_j²) of each example, nats [B].
+
+    mu, logvar = log σ²: [B, d]. >= 0, and 0 only if mu = 0 and σ = 1.
+    """
+    return 0.5 * (logvar.exp() + mu ** 2 - 1 - logvar).sum(dim=-1)
+
+
+def vae_loss(x, x_rec, mu, logvar, x_sigma2):
+    """(loss, data_term, kl_term) of the course, means over the batch; loss = data_term + kl_term.
+
+    data_term = ‖x - x_rec‖² / (σ² d_x),  kl_term = tr Σ + ‖mu‖² - d_z - log det Σ = 2 KL.
+    x, x_rec: [B, ...] of d_x numbers each; x_sigma2 = σ² > 0. To be minimised.
+    It is -2 ELBO up to a constant, for pixels of variance s² = σ² d_x:
+    -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 <= 0 or the
+    shapes differ.
+    """
+    if x_sigma2 <= 0 or x.shape != x_rec.shape:
+        raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal: "
+                         f"{tuple(x.shape)}, {tuple(x_rec.shape)}")
+    data_term = ((x - x_rec) ** 2).flatten(1).mean(dim=1).mean() / x_sigma2
+    kl_term = 2 * kl_standard_normal(mu, logvar).mean()
+    return data_term + kl_term, data_term, kl_term
+
+
+def log_bernoulli(x, logits):
+    """log p(x|z) = Σ x log σ(a) + (1 - x) log(1 - σ(a)) over the last three dimensions, nats.
+
+    x: pixels [..., C, H, W], 0 or 1; logits a: broadcastable with x. A grey x gives a number, but
+    no log-probability: only 0 and 1 are values of a Bernoulli variable.
+    """
+    return (x * logits - F.softplus(logits)).sum(dim=(-3, -2, -1))
+
+
+def log_gaussian(x, mean, variance):
+    """log p(x|z) of N(mean, variance I) over the last three dimensions, nats."""
+    squares = (x - mean) ** 2 / variance + math.log(2 * math.pi * variance)
+    return -0.5 * squares.sum(dim=(-3, -2, -1))
+
+
+def iwae_bound(log_px, z, mu, logvar):
+    """log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x) for each example, nats [B] (Burda et al. 2015).
+
+    log_px = log p(x|z_i): [k, B]; z: [k, B, d], drawn from q = N(mu, exp(logvar)), both [B, d].
+    A lower bound of log p(x) in the mean; k = 1 is the ELBO; it rises with k and tends to log p(x).
+    """
+    log_pz = -0.5 * (z ** 2).sum(dim=-1)
+    log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)  # both without d/2 log 2π
+    return torch.logsumexp(log_px + log_pz - log_q, dim=0) - math.log(len(z))
+
+
+# --- model -------------------------------------------------------------------------------------
+
+def channels(side):
+    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    halvings = max(1, int(math.log2(side / 4)))
+    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+
+
+class VAE(nn.Module):
+    """encode: x [B, C, side, side] in [0, 1] -> mu, logvar [B, d_z]; decode: z -> logits like x."""
+
+    def __init__(self, c, side, d_z):
+        super().__init__()
+        widths, small = channels(side)
+        features = widths[-1] * small ** 2
+        layers = []
+        for i, o in zip([c, *widths], widths):
+            layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1),
+                       nn.BatchNorm2d(o), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, HIDDEN),
+                                   nn.BatchNorm1d(HIDDEN), nn.ReLU())
+        self.mu, self.logvar = nn.Linear(HIDDEN, d_z), nn.Linear(HIDDEN, d_z)
+        layers = [nn.Linear(d_z, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
+                  nn.Linear(HIDDEN, features), nn.Unflatten(1, (widths[-1], small, small))]
+        for i, o in zip(widths[::-1], [*widths[-2::-1], c]):
+            layers += [nn.BatchNorm2d(i), nn.ReLU(),
+                       nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1)]
+        self.decoder = nn.Sequential(*layers)
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x):
+        h = self.trunk(x)
+        return self.mu(h), self.logvar(h)
+
+    def decode(self, z):
+        """z [..., d_z] -> logits [..., C, side, side]."""
+        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+
+
+class Model(NamedTuple):
+    """One training: the likelihood, σ² of the course's loss, the weight of the KL term."""
+    likelihood: str
+    x_sigma2: float
+    kl_weight: float = 1.0
+    share: float = 1.0           # of --steps
+
+
+def models(args, grey):
+    """The model of the chapter, and a study of σ² and of the KL term beside it."""
+    likelihood = args.likelihood or ("bernoulli" if grey else "gaussian")
+    s2 = args.x_sigma2
+    known = {"vae": Model(likelihood, s2),
+             "low": Model("gaussian", s2 / 10, share=STUDY),
+             "mid": Model("gaussian", s2, share=STUDY),
+             "high": Model("gaussian", s2 * 10, share=STUDY),
+             "no-kl": Model("gaussian", s2, kl_weight=0.0, share=STUDY)}
+    return {name: known[name] for name in args.models}
+
+
+# --- measures ----------------------------------------------------------------------------------
+
+def log_likelihood(model, x, logits):
+    """log p(x|z), nats, by the model's likelihood; Gaussian: variance σ² d_x, see vae_loss."""
+    if model.likelihood == "bernoulli":
+        return log_bernoulli(x, logits)
+    return log_gaussian(x, logits.sigmoid(), model.x_sigma2 * x[0].numel())
+
+
+def seen(model, x):
+    """The batch x in [-1, 1] as the model sees it: [0, 1], drawn anew to 0 or 1 for Bernoulli."""
+    x = (x + 1) / 2
+    return torch.bernoulli(x) if model.likelihood == "bernoulli" else x
+
+
+@torch.no_grad()
+def measure(net, model, x):
+    """Numbers for test pictures x [N, C, H, W], as the model sees them.
+
+    nll: -iwae_bound with K_TEST samples, elbo: -ELBO, kl: all in nats for each picture. mse: of
+    the pixels of the reconstruction from mu, in [0, 1] units. spread: standard deviation of the
+    codes z of all pictures, 1 if together they fill the prior.
+    """
+    nll, elbo, kl, mse, codes = [], [], [], [], []
+    for few in x.split(10):  # times K_TEST decoded pictures at once
+        mu, logvar = net.encode(few)
+        z = reparameterise(mu, logvar, torch.randn(K_TEST, *mu.shape, device=x.device))
+        log_px = log_likelihood(model, few, net.decode(z))
+        kl.append(kl_standard_normal(mu, logvar))
+        nll.append(-iwae_bound(log_px, z, mu, logvar))
+        elbo.append(kl[-1] - log_px.mean(dim=0))
+        mse.append(((net.decode(mu).sigmoid() - few) ** 2).flatten(1).mean(dim=1))
+        codes.append(z[0])
+    numbers = dict(nll=nll, elbo=elbo, kl=kl, mse=mse)
+    return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()} \
+        | {"spread": torch.cat(codes).var(dim=0).mean().sqrt().item()}
+
+
+def nearest_distance(x, images):
+    """Mean distance of x [N, C, H, W] to the nearest of 10,000 training pictures, root mean square.
+
+    In [-1, 1] units. Blur lowers it: read it beside the picture.
+    """
+    train = common.to_float(images.x[:10_000]).flatten(1)
+    return (torch.cdist(x.flatten(1), train).amin(dim=1) / train.shape[1] ** 0.5).mean().item()
+
+
+# --- train -------------------------------------------------------------------------------------
+
+def train(args, name, model, images, test, device, saved, done):
+    """Trains one model; returns its log, numbers and pictures; the vae also writes samples.pt.
+
+    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
+    """
+    torch.manual_seed(args.seed)
+    c, side = images.x.shape[1:3]
+    steps = max(1, round(args.steps * model.share))
+    z_fixed = torch.randn(N_SAMPLES, args.z_dim).to(device)  # the same for every model
+    net = VAE(c, side, args.z_dim).to(device)
+    opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    parts = dict(net=net, opt=opt, rate=rate)
+
+    first, log = 0, []
+    if saved:
+        first, log = saved["step"], saved["log"]
+        common.restore(saved, parts)
+    batches = common.batches(images, args.batch, args.seed, first)
+    show = common.progress(name, steps, args.batch, first)
+    every = max(1, steps // 40)
+
+    with common.ctrl_c() as pressed:
+        for step in range(first + 1, steps + 1):
+            # x -> q(z|x) -> z -> p(x|z): descend -ELBO, the course's loss, or the bound with k > 1
+            x = seen(model, next(batches)[0])
+            mu, logvar = net.encode(x)
+            z = reparameterise(mu, logvar, torch.randn(args.k, *mu.shape, device=device))
+            logits = net.decode(z)
+            kl = kl_standard_normal(mu, logvar).mean()
+            if args.k > 1:
+                loss = -iwae_bound(log_likelihood(model, x, logits), z, mu, logvar).mean()
+            elif model.likelihood == "bernoulli":
+                loss = model.kl_weight * kl - log_bernoulli(x, logits).mean()
+            else:
+                _, data, kl_2 = vae_loss(x, logits[0].sigmoid(), mu, logvar, model.x_sigma2)
+                loss = data + model.kl_weight * kl_2
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            rate.step()
+
+            common.check_finite(step, loss=loss.item())
+            show(step, loss=loss.item(), kl=kl.item())
+            milestone = step % every == 0 or step == steps
+            if milestone:
+                mse = F.mse_loss(logits[0].sigmoid(), x).item()
+                log.append({"model": name, "step": step, "loss": loss.item(), "kl": kl.item(),
+                            "mse": mse})
+            if milestone or pressed():
+                common.save_checkpoint(args, parts, model=name, step=step, log=log, done=done)
+            if pressed():
+                common.stop(step)
+
+    net.eval()
+    torch.manual_seed(args.seed)  # the same binarised test pictures for every model
+    x = seen(model, common.to_float(test.x[:N_TEST // 20 if args.quick else N_TEST]))
+    samples = decode(net, z_fixed[:1000])
+    if name == "vae":
+        common.save(common.to_uint8(decode(net, z_fixed)).cpu(), args.out / "samples.pt")
+    return {"log": log, "pictures": pictures(net, x, samples), **measure(net, model, x),
+            "distance": nearest_distance(samples, images)}
+
+
+@torch.no_grad()
+def decode(net, z):
+    """The mean of p(x|z) in [-1, 1] for z [N, d_z], a thousand at a time."""
+    return torch.cat([2 * net.decode(part).sigmoid() - 1 for part in z.split(1000)])
+
+
+@torch.no_grad()
+def pictures(net, x, samples):
+    """What the figures show, uint8: pictures under their reconstructions, samples, and so on."""
+    mu, logvar = net.encode(x[:32])
+    several = reparameterise(mu[:6], logvar[:6], torch.randn(5, 6, mu.shape[1], device=x.device))
+    alpha = torch.linspace(0, 1, 8, device=x.device)[:, None]
+    between = torch.cat([(1 - alpha) * mu[i] + alpha * mu[i + 1] for i in range(0, 12, 2)])
+    kept = {"test": 2 * x[:32] - 1, "rec": decode(net, mu), "samples": samples[:64],
+            "several": decode(net, several.flatten(0, 1)), "between": decode(net, between)}
+    if mu.shape[1] == 2:  # the quantiles of the prior, from -1.64 to 1.64 in both directions
+        line = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.05, 0.95, 15)).to(x.device)
+        kept["manifold"] = decode(net, torch.cartesian_prod(line, line).flip(1))
+    return {name: common.to_uint8(x).cpu() for name, x in kept.items()}
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+def figures(args, images, done):
+    """pictures.png: one model closely; study.png: all models; curves.png and log.csv."""
+    def show(x, columns):
+        return lambda ax: common.draw_images(ax, x, columns)
+
+    title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
+    name, run = next(iter(done.items()))
+    kept = run["pictures"]
+    pairs = torch.stack([kept["test"], kept["rec"]], dim=1).flatten(0, 1)
+    first, several = kept["test"][:6], kept["several"]
+    cells = [("test pictures, each left of\nits reconstruction", show(pairs, 8)),
+             ("top row: pictures; below:\neach encoded five times",
+              show(torch.cat([first, several]), 6)),
+             ("samples: decoded\nz ~ N(0, I)", show(kept["samples"], 8)),
+             ("from one code to another\nin equal steps", show(kept["between"], 8))]
+    if "manifold" in kept:
+        cells.append(("the latent plane, by\nquantiles of the prior", show(kept["manifold"], 15)))
+    common.save_panels(args.out / "pictures.png", [("", cells)], f"{title}: {name}")
+    if len(done) > 1:
+        def text(run, *names):
+            return ", ".join(f"{name} {run[name]:.3g}" for name in names)
+        common.save_panels(args.out / "study.png", [
+            ("reconstructions", [(f"{name}\n{text(run, 'mse', 'kl')}", show(torch.stack(
+                [run["pictures"]["test"], run["pictures"]["rec"]], dim=1).flatten(0, 1), 8))
+                for name, run in done.items()]),
+            ("samples", [(text(run, "spread", "distance"), show(run["pictures"]["samples"], 8))
+                         for run in done.values()])], title)
+    log = [row for run in done.values() for row in run["log"]]
+    common.plot_curves(args.out / "curves.png", log, ["loss", "kl", "mse"], "model", title)
+    common.write_log(args.out / "log.csv", log)
+
+
+# --- main --------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = common.parser(__doc__, __file__)
+    g = p.add_argument_group("model")
+    g.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL",
+                   help=f"{', '.join(MODELS)}: the VAE; the course's loss with sigma^2 a tenth, "
+                   "once, ten times --x-sigma2; without its KL term")
+    g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
+                   help="of the vae; if not given: bernoulli for grey pictures, else gaussian")
+    g.add_argument("--x-sigma2", type=common.positive_float, default=0.001,
+                   help="sigma^2 of the course's loss, pixels in [0, 1] (gaussian)")
+    g.add_argument("--z-dim", type=common.positive_int, default=50, help="latent coordinates; 2: "
+                   "draws the latent plane")
+    g = p.add_argument_group("training")
+    g.add_argument("-k", type=common.positive_int, default=1, help="samples of z in the bound that "
+                   "is climbed; above 1: the importance-weighted autoencoder")
+    g.add_argument("--steps", type=common.positive_int, default=3000, help="of the vae")
+    g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
+    g.add_argument("--lr", type=common.positive_float, default=2e-3, help="Adam's rate, falls to 0")
+    args = p.parse_args(argv)
+    if args.quick:
+        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
+    args.models = list(dict.fromkeys(args.models))
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.start(args)
+    saved = common.load_checkpoint(args)
+    images = common.load_images(args, device)
+    test = common.load_images(args, device, train=False)
+    c, h, w = images.x.shape[1:]
+    if h != w or h % 4:
+        common.fail(f"the pictures are {w}x{h}, the networks need squares with sides divisible "
+                    "by 4")
+    done = saved["done"] if saved else {}
+    for name, model in models(args, grey=c == 1).items():
+        if name not in done:
+            resumed = saved if saved and saved["model"] == name else None
+            done[name] = train(args, name, model, images, test, device, resumed, dict(done))
+    figures(args, images, done)
+    columns = ["nll", "elbo", "kl", "mse", "spread", "distance"]
+    common.print_table(["model", *columns], [
+        [name, *(f"{run[column]:.4g}" for column in columns)] for name, run in done.items()])
+
+
+if __name__ == "__main__":
+    main()
