@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import common
 
 HIDDEN = 256                     # width of the layer beside the code, both sides
-MODELS = ["vae", "low", "mid", "high", "no-kl"]
+MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
 STUDY = 0.12                     # steps of the last four, as a share of --steps
 N_TEST, K_TEST = 1000, 100       # test pictures, samples of z for each: the importance-weighted bound
 N_SAMPLES = 10_000               # pictures in samples.pt
@@ -135,9 +135,10 @@ class VAE(nn.Module):
 
 
 class Model(NamedTuple):
-    """One training: the likelihood, σ² of the course's loss, the weight of the KL term."""
+    """One training: the likelihood, σ² of the course's loss, z's in the bound, the KL's weight."""
     likelihood: str
     x_sigma2: float
+    k: int = 1
     kl_weight: float = 1.0
     share: float = 1.0           # of --steps
 
@@ -146,10 +147,10 @@ def models(args, grey):
     """The model of the chapter, and a study of σ² and of the KL term beside it."""
     likelihood = args.likelihood or ("bernoulli" if grey else "gaussian")
     s2 = args.x_sigma2
-    known = {"vae": Model(likelihood, s2),
-             "low": Model("gaussian", s2 / 10, share=STUDY),
-             "mid": Model("gaussian", s2, share=STUDY),
-             "high": Model("gaussian", s2 * 10, share=STUDY),
+    known = {"vae": Model(likelihood, s2, args.k),
+             "low-sigma2": Model("gaussian", s2 / 10, share=STUDY),
+             "mid-sigma2": Model("gaussian", s2, share=STUDY),
+             "high-sigma2": Model("gaussian", s2 * 10, share=STUDY),
              "no-kl": Model("gaussian", s2, kl_weight=0.0, share=STUDY)}
     return {name: known[name] for name in args.models}
 
@@ -211,7 +212,7 @@ def train(args, name, model, images, test, device, saved, done):
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps = max(1, round(args.steps * model.share))
-    z_fixed = torch.randn(N_SAMPLES, args.z_dim).to(device)  # the same for every model
+    z_fixed = torch.randn(args.n_samples, args.z_dim).to(device)  # the same for every model
     net = VAE(c, side, args.z_dim).to(device)
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
@@ -230,10 +231,10 @@ def train(args, name, model, images, test, device, saved, done):
             # x -> q(z|x) -> z -> p(x|z): descend -ELBO, the course's loss, or the bound with k > 1
             x = seen(model, next(batches)[0])
             mu, logvar = net.encode(x)
-            z = reparameterise(mu, logvar, torch.randn(args.k, *mu.shape, device=device))
+            z = reparameterise(mu, logvar, torch.randn(model.k, *mu.shape, device=device))
             logits = net.decode(z)
             kl = kl_standard_normal(mu, logvar).mean()
-            if args.k > 1:
+            if model.k > 1:
                 loss = -iwae_bound(log_likelihood(model, x, logits), z, mu, logvar).mean()
             elif model.likelihood == "bernoulli":
                 loss = model.kl_weight * kl - log_bernoulli(x, logits).mean()
@@ -259,7 +260,7 @@ def train(args, name, model, images, test, device, saved, done):
 
     net.eval()
     torch.manual_seed(args.seed)  # the same binarised test pictures for every model
-    x = seen(model, common.to_float(test.x[:N_TEST // 20 if args.quick else N_TEST]))
+    x = seen(model, common.to_float(test.x[:N_TEST // 100 if args.quick else N_TEST]))
     samples = decode(net, z_fixed[:1000])
     if name == "vae":
         common.save(common.to_uint8(decode(net, z_fixed)).cpu(), args.out / "samples.pt")
@@ -338,13 +339,14 @@ def parse_args(argv=None):
                    "draws the latent plane")
     g = p.add_argument_group("training")
     g.add_argument("-k", type=common.positive_int, default=1, help="samples of z in the bound that "
-                   "is climbed; above 1: the importance-weighted autoencoder")
+                   "the vae climbs; above 1: the importance-weighted autoencoder")
     g.add_argument("--steps", type=common.positive_int, default=3000, help="of the vae")
     g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
     g.add_argument("--lr", type=common.positive_float, default=2e-3, help="Adam's rate, falls to 0")
     args = p.parse_args(argv)
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
+    args.n_samples = 1000 if args.quick else N_SAMPLES
     args.models = list(dict.fromkeys(args.models))
     return args
 

@@ -8,26 +8,22 @@ Idea     D climbs E log D(x) + E log(1 - D(G(z)))                               
          G climbs E log D(G(z)) instead: full slope there                     -> nonsaturating_g()
          All others change D's question: lsgan_d, wgan_d, gradient_penalty, ebgan_d, began_d, ...
          The table METHODS says which two losses, which penalty and which labels make a method.
-See      samples.png: every loss from the same z; saturation.png: which slope reaches G, and what
-         becomes of three generators whose D is far ahead: minimax freezes; curves.png, log.csv,
-         samples_{loss}.pt. Printed: classes by nearest training picture, their KL to uniform in
-         nats, labels obeyed, and what a frozen log means.
-         Measured on MNIST: 10 classes for ten losses, KL 0.001 to 0.07; acgan obeys 95 % of the
-         labels, cgan 90 %, infogan's code agrees with the digit for 68 % (54 % in another run).
-         began draws mostly 1s (KL 1.7): it asks only that the mean error of G's pictures be γ times
-         that of data, and a 1 is a picture of small error.
+See      samples.png: every loss from the same z; saturation.png: which slope reaches G, and three
+         generators whose D is far ahead: minimax freezes; curves.png, log.csv, samples_{loss}.pt.
+         Printed: classes by nearest training picture, their KL to uniform in nats, labels obeyed,
+         and what a frozen log means. On MNIST: 10 classes for ten losses, KL 0.001 to 0.07; acgan
+         obeys 95 % of the labels, cgan 90 %, infogan's code agrees with the digit for 68 %. began
+         draws mostly 1s (KL 1.7): it asks only that the mean error of G's pictures be γ times that
+         of data, and a 1 is a picture of small error.
 Time     4 to 6 min on 2 CPU cores, which moved by a factor of 1.5; --loss all 22.5 min.
-Differs  no batch norm in D; Adam without momentum (beta1 = 0) for all, also for wgan; wgan and
-         wgan-gp make 3 and 2 steps of D, not 5; rates fall along a cosine; cgan's D adds its guess
-         of the label to the score (Miyato, Koyama 2018); infogan's Q sees disturbed pictures;
-         dragan's noise as in its code; began's error is a root mean square. The -ahead rows use a
-         larger eps in G's Adam: with the ordinary one Adam scales the tiny slope up again and
-         minimax recovers.
+Differs  no batch norm in D; Adam with beta1 = 0 for all; wgan and wgan-gp make 3 and 2 steps of D,
+         not 5; rates fall along a cosine; cgan's D adds its guess of the label to the score
+         (Miyato, Koyama 2018); infogan's Q sees disturbed pictures; dragan's noise as in its code;
+         began's error is a root mean square; -ahead: a larger eps in G's Adam (see METHODS).
 Run      python 02_gan_losses.py --loss all
          python 02_gan_losses.py --loss nonsaturating --real-label 0.9
 """
 
-import functools
 import math
 import time
 from typing import Callable, NamedTuple
@@ -202,7 +198,7 @@ METHODS = {
     "cgan": Method(bce_d, nonsaturating_g, labels="condition"),
     "infogan": Method(bce_d, nonsaturating_g, labels="code"),
     "acgan": Method(bce_d, nonsaturating_g, labels="guess"),
-    "ebgan": Method(functools.partial(ebgan_d, margin=MARGIN), torch.mean, lr=(2e-3, 2e-3),
+    "ebgan": Method(lambda real, fake: ebgan_d(real, fake, MARGIN), torch.mean, lr=(2e-3, 2e-3),
                     autoencoder=True, pull_away=True),
     "began": Method(began_d, torch.mean, lr=(1e-3, 1e-3), autoencoder=True),
 }
@@ -322,30 +318,42 @@ class Autoencoder(nn.Module):
         return torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5, codes
 
 
-# --- measures ----------------------------------------------------------------------------------
+def with_labels(z, one_hot):
+    """G's input: z, followed by the one-hot label, of length LABEL, if there is one."""
+    return z if one_hot is None else torch.cat([z, LABEL * one_hot], dim=1)
 
-def nearest_labels(x, images):
-    """Label of the nearest of 10,000 training pictures to each of x [N, C, H, W], and the distance.
 
-    Both [N]; root mean square distance in [-1, 1] units; labels are -1 if the data has none.
+def disturbed(x):
+    """x turned, scaled, sheared and shifted at random, with noise as strong as the picture.
+
+    What InfoGAN's code stands for is what Q can read. From clean pictures it reads any detail that
+    G chooses to hide the code in; through this veil only what is plain survives: the digit.
     """
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    found = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
-    distance = torch.cat([f.values for f in found]) / train.shape[1] ** 0.5
-    nearest = torch.cat([f.indices for f in found])
-    return (torch.full_like(nearest, -1) if images.y is None else images.y[nearest]), distance
+    n = len(x)
+    turn, stretch, shear, right, down = ((torch.rand(5, n, device=x.device) - 0.5)
+                                         * VEIL.to(x.device)[:, None])
+    rows = [(1 + stretch) * turn.cos(), shear - turn.sin(), right,
+            turn.sin(), (1 + stretch) * turn.cos(), down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(n, 2, 3), x.shape, align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1 + torch.randn_like(x)
 
+
+# --- measures ----------------------------------------------------------------------------------
 
 def report(x, y, images, labels):
     """Numbers for samples x [N, C, H, W] that were asked for with labels y [N].
 
-    classes: those that occur; kl: of their histogram to uniform, nats; distance: to the nearest
-    training picture; obeyed: share of samples with the label asked for (infogan: with the label
-    that its code stands for, after the best one-to-one matching of codes and labels).
+    distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units;
+    classes: the labels of those that occur; kl: of their histogram to uniform, nats; obeyed: share
+    of samples with the label asked for (infogan: with the label that its code stands for, after
+    the best one-to-one matching of codes and labels).
     """
-    found, distance = (a.cpu() for a in nearest_labels(x, images))
+    train = common.to_float(images.x[:10_000]).flatten(1)
+    nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
+    distance = torch.cat([n.values for n in nearest]) / train.shape[1] ** 0.5
     numbers = {"distance": distance.mean().item()}
     if images.y is not None:
+        found = images.y[torch.cat([n.indices for n in nearest])].cpu()
         k = int(images.y.max()) + 1
         p = torch.bincount(found, minlength=k).double() / len(found)
         numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
@@ -402,8 +410,8 @@ def train(args, name, images, device, saved, done):
     method, (c, side) = METHODS[name], images.x.shape[1:3]
     steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
     classes = 10 if images.y is None else int(images.y.max()) + 1
-    z_fixed = torch.randn(N_SAMPLES, Z).to(device)  # the same for every method and figure
-    y_fixed = torch.arange(N_SAMPLES, device=device) % classes
+    z_fixed = torch.randn(args.n_samples, Z).to(device)  # the same for every method and figure
+    y_fixed = torch.arange(args.n_samples, device=device) % classes
     G, D = (net.to(device) for net in nets(method, c, side, classes))
     opt_d = torch.optim.Adam(D.parameters(), lr=args.lr_d or method.lr[0], betas=ADAM_BETAS,
                              fused=True)
@@ -416,13 +424,24 @@ def train(args, name, images, device, saved, done):
     if saved:
         first, log, k = saved["step"], saved["log"], saved["k"]
         common.restore(saved, parts)
-    d_loss, began = method.d, method.d is began_d
     sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data, G wants the same
-    if method.d is bce_d:
-        d_loss = functools.partial(bce_d, real_label=args.real_label, label_noise=args.label_noise)
     real_batches = common.batches(images, args.batch, args.seed, first * d_steps)
     show = common.progress(name, steps, args.batch, first)
-    every, began_at = max(1, steps // 40), time.monotonic()
+    every, start = max(1, steps // 40), time.monotonic()
+
+    def d_loss(real, fake):
+        """The method's loss of D, with what it takes beside the scores."""
+        if method.d is bce_d:
+            return bce_d(real, fake, args.real_label, args.label_noise)
+        return began_d(real, fake, k) if method.d is began_d else method.d(real, fake)
+
+    def label_loss(x_fake, y, guess):
+        """Cross-entropy of the labels y: acgan's D says them, infogan's Q reads them in x_fake."""
+        if method.labels == "code":
+            return F.cross_entropy(D(disturbed(x_fake), None)[1], y)
+        if method.labels == "guess":
+            return F.cross_entropy(guess, y.repeat(len(guess) // len(y)))  # of D's two halves
+        return 0.0
 
     def draw(x, y):
         """Labels for a batch like x, one-hot (None for a method without), and G's pictures."""
@@ -446,13 +465,10 @@ def train(args, name, images, device, saved, done):
                 x, y = next(real_batches)
                 y, one_hot, x_fake = draw(x, y)
                 both = noisy(torch.cat([x, x_fake.detach()]))  # one pass for both
-                score, guess = D(both, None if one_hot is None else torch.cat([one_hot, one_hot]))
+                score, guess = D(both, None if one_hot is None else one_hot.repeat(2, 1))
                 real, fake = score.split(len(x))
-                total_d = loss_d = d_loss(real, fake, k) if began else d_loss(real, fake)
-                if method.labels == "guess":
-                    total_d = total_d + F.cross_entropy(guess, torch.cat([y, y]))
-                if method.labels == "code":
-                    total_d = total_d + F.cross_entropy(D(disturbed(x_fake.detach()), None)[1], y)
+                loss_d = d_loss(real, fake)
+                total_d = loss_d + label_loss(x_fake.detach(), y, guess)
                 if method.penalty:
                     total_d = total_d + LAMBDA * method.penalty(critic, x, x_fake.detach())
                 if args.r1:
@@ -460,7 +476,7 @@ def train(args, name, images, device, saved, done):
                 opt_d.zero_grad()
                 total_d.backward()
                 opt_d.step()
-                if began:
+                if method.d is began_d:
                     k = began_k(k, real, fake, LAMBDA_K, GAMMA)
                 if method.clip:
                     for p in D.parameters():
@@ -471,11 +487,8 @@ def train(args, name, images, device, saved, done):
                 if g_step:
                     y, one_hot, x_fake = draw(x, y)
                 fake, guess = D(noisy(x_fake), one_hot)
-                total_g = loss_g = method.g(sign * fake)
-                if method.labels == "guess":
-                    total_g = total_g + F.cross_entropy(guess, y)
-                if method.labels == "code":
-                    total_g = total_g + F.cross_entropy(D(disturbed(x_fake), None)[1], y)
+                loss_g = method.g(sign * fake)
+                total_g = loss_g + label_loss(x_fake, y, guess)
                 if method.pull_away:
                     total_g = total_g + PULL_AWAY * pull_away(guess)
                 if milestone:
@@ -495,7 +508,7 @@ def train(args, name, images, device, saved, done):
                             "D(G(z))": read(sign * fake).mean().item(),
                             "slope": slope.abs().sum().item(), "gradient": nn.utils.get_total_norm(
                                 [p.grad for p in G.parameters()]).item()})
-                if began:
+                if method.d is began_d:
                     log[-1]["convergence"] = began_convergence(real, fake, GAMMA)
                 cause = method.d is bce_d and new_fingerprint(log, args.real_label)
                 if cause:
@@ -505,33 +518,13 @@ def train(args, name, images, device, saved, done):
             if pressed():
                 common.stop(step)
 
-    ms = 1000 * (time.monotonic() - began_at) / max(1, steps - first)
+    ms = 1000 * (time.monotonic() - start) / max(1, steps - first)
     samples = generate(G, with_labels(
         z_fixed, F.one_hot(y_fixed, classes).float() if method.labels else None))
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
     return {"log": log, "pictures": common.to_uint8(samples[:PANEL]).cpu(),
             "ms a step": ms,
             **report(samples[:N_NEAREST], y_fixed[:N_NEAREST], images, method.labels)}
-
-
-def with_labels(z, one_hot):
-    """G's input: z, followed by the one-hot label, of length LABEL, if there is one."""
-    return z if one_hot is None else torch.cat([z, LABEL * one_hot], dim=1)
-
-
-def disturbed(x):
-    """x turned, scaled, sheared and shifted at random, with noise as strong as the picture.
-
-    What InfoGAN's code stands for is what Q can read. From clean pictures it reads any detail that
-    G chooses to hide the code in; through this veil only what is plain survives: the digit.
-    """
-    n = len(x)
-    turn, stretch, shear, right, down = ((torch.rand(5, n, device=x.device) - 0.5)
-                                         * VEIL.to(x.device)[:, None])
-    rows = [(1 + stretch) * turn.cos(), shear - turn.sin(), right,
-            turn.sin(), (1 + stretch) * turn.cos(), down]
-    grid = F.affine_grid(torch.stack(rows, dim=1).view(n, 2, 3), x.shape, align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1 + torch.randn_like(x)
 
 
 @torch.no_grad()
@@ -565,7 +558,8 @@ def figures(args, images, done):
              lambda ax: draw_slopes(ax, log)),
             ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log)),
             *(panel(name, run) for name, run in ahead.items())])])
-    common.plot_curves(args.out / "curves.png", log, list(log[0])[2:], "loss", title)
+    common.plot_curves(args.out / "curves.png", log, ["loss_d", "loss_g", "D(x)", "D(G(z))",
+                                                      "gradient"], "loss", title)
     common.write_log(args.out / "log.csv", log)
 
 
@@ -621,6 +615,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
+    args.n_samples = 1000 if args.quick else N_SAMPLES
     args.loss = list(METHODS) if "all" in args.loss else list(dict.fromkeys(args.loss))
     return args
 

@@ -2,9 +2,12 @@
 
 import os
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import common
 
 torch.set_num_threads(1)  # the same rounding on every machine, and no fight over two cores
 
@@ -19,6 +22,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
 def digits_dir(tmp_path_factory):
     """A --data-dir that all tests share, so that the digits are drawn once."""
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures are made but not written, which takes longer than a few steps of training."""
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: plt.close(fig))
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""Ways to interrupt a chapter and to compare what it left."""
+"""Ways to interrupt a chapter, to compare what it left, and to see it refuse bad input."""
 
 import contextlib
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 import common
 
@@ -45,3 +46,21 @@ def rejected(prop, twin, *case):
     except AssertionError:
         return True
     return False
+
+
+def one_line(capsys, run, *words, status=2):
+    """run() must end with this status and one line on stderr that holds all words."""
+    with pytest.raises(SystemExit) as stop:
+        run()
+    error = capsys.readouterr().err
+    assert stop.value.code == status and error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def folder_of_pictures(folder, n, side):
+    """n pictures of `side` pixels, from black to red, in a new folder; its path as text."""
+    folder.mkdir()
+    for i in range(n):
+        Image.new("RGB", (side, side), (255 * i // n, 0, 0)).save(folder / f"{i:02}.png")
+    return str(folder)

@@ -1,5 +1,6 @@
 """Chapter 02: every loss against an oracle, every G step toward the data, a kill loses nothing."""
 
+import csv
 import importlib
 import itertools
 import math
@@ -7,13 +8,12 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import common
-from harness import killed_after, rejected, results, same
+from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
 from strategies import generator, normal, seeds
 
 losses = importlib.import_module("02_gan_losses")
@@ -362,7 +362,7 @@ def test_report_counts_copies_of_training_pictures(seed, n):
 # --- whole runs --------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
+def small_runs(monkeypatch, no_figures):
     monkeypatch.setattr(losses, "N_SAMPLES", 200)
 
 
@@ -381,6 +381,13 @@ def test_all_methods_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digi
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, "--resume", *flags)
     assert same(run(tmp_path / "killed", digits_dir, "--resume", *flags), straight)
+
+
+def test_methods_with_columns_of_their_own_are_drawn_beside_others(tmp_path, digits_dir):
+    """began alone has a measure of convergence, whichever place it takes."""
+    run(tmp_path, digits_dir, "--loss", "began", "minimax", "--steps", "1")
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [bool(row["convergence"]) for row in rows] == [True, False]
 
 
 def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
@@ -457,18 +464,16 @@ def test_a_frozen_log_is_named_once():
 def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
     broken = losses.METHODS["wgan"]._replace(g=lambda fake: fake.mean() * math.nan)
     monkeypatch.setitem(losses.METHODS, "wgan", broken)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, digits_dir, "--loss", "wgan")
-    assert stop.value.code == 1 and "loss_g is nan at step 1" in capsys.readouterr().err
+    one_line(capsys, lambda: run(tmp_path, digits_dir, "--loss", "wgan"), "loss_g is nan at step 1",
+             status=1)
 
 
 def test_a_penalty_that_explodes_is_never_saved(tmp_path, digits_dir, monkeypatch, capsys):
     """The loss without it is still finite, the weights after it are not."""
     broken = losses.METHODS["wgan-gp"]._replace(penalty=lambda critic, x, x_fake: x.sum() * math.nan)
     monkeypatch.setitem(losses.METHODS, "wgan-gp", broken)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, digits_dir, "--loss", "wgan-gp", "--d-steps", "1")
-    assert stop.value.code == 1 and "loss_d is nan at step 1" in capsys.readouterr().err
+    one_line(capsys, lambda: run(tmp_path, digits_dir, "--loss", "wgan-gp", "--d-steps", "1"),
+             "loss_d is nan at step 1", status=1)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -480,31 +485,18 @@ def test_a_penalty_that_explodes_is_never_saved(tmp_path, digits_dir, monkeypatc
     (["--loss", "began", "--r1", "1"], ["--r1", "began"]),
     (["--batch", "0"], ["--batch", "0"])])
 def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, digits_dir, *flags)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words)
+    one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
 
 
 def test_bad_sizes_and_batches_get_one_line(tmp_path, digits_dir, capsys):
-    (tmp_path / "p").mkdir()
-    for i in range(4):
-        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(tmp_path / "p" / f"{i}.png")
-    for flags, words in ((["--data", str(tmp_path / "p"), "--size", "36"], "use --size 32"),
+    folder = folder_of_pictures(tmp_path / "p", 4, 40)
+    for flags, words in ((["--data", folder, "--size", "36"], "use --size 32"),
                          (["--loss", "ebgan", "--batch", "1"], "--batch 2 or more")):
-        with pytest.raises(SystemExit) as stop:
-            run(tmp_path / "out", digits_dir, *flags)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and words in err
+        one_line(capsys, lambda: run(tmp_path / "out", digits_dir, *flags), words)
 
 
-def test_labels_are_asked_for_only_where_there_are_some(tmp_path, capsys):
-    (tmp_path / "p").mkdir()
-    for i in range(12):
-        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / "p" / f"{i}.png")
-    flags = ["--data", str(tmp_path / "p"), "--size", "32", "--steps", "2", "--batch", "4",
-             "--out", str(tmp_path / "out")]
-    losses.main([*flags, "--loss", "infogan"])  # makes its codes up
-    with pytest.raises(SystemExit) as stop:
-        losses.main([*flags, "--loss", "acgan"])
-    assert stop.value.code == 2 and "acgan needs labels" in capsys.readouterr().err
+def test_labels_are_asked_for_only_where_there_are_some(tmp_path, digits_dir, capsys):
+    flags = ["--data", folder_of_pictures(tmp_path / "p", 12, 32), "--size", "32", "--steps", "2"]
+    run(tmp_path / "code", digits_dir, *flags, "--loss", "infogan")  # makes its codes up
+    one_line(capsys, lambda: run(tmp_path / "guess", digits_dir, *flags, "--loss", "acgan"),
+             "acgan needs labels")

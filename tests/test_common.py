@@ -12,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import common
+from harness import one_line
 from strategies import generator, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
@@ -190,16 +191,6 @@ def test_an_epoch_shows_each_picture_at_most_once(n, size, seed):
 
 
 # --- mistakes of the user ----------------------------------------------------------------------
-
-def one_line(capsys, run, *words):
-    """run() must end with status 2 and one line on stderr that holds all words."""
-    with pytest.raises(SystemExit) as stop:
-        run()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    for word in words:
-        assert word in error
-
 
 @pytest.mark.parametrize("flags, word", [
     (["--size", "0"], "'0' is not a whole number of 1 or more"),
