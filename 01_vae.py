@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import common
 
-HIDDEN = 256                     # width of the layer beside the code, both sides
+HIDDEN = 512                     # width of the layer beside the code, both sides
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
 STUDY = 0.12                     # steps of the last four, as a share of --steps
 N_TEST, K_TEST = 1000, 100       # test pictures, samples of z for each: the importance-weighted bound
@@ -100,7 +100,7 @@ def iwae_bound(log_px, z, mu, logvar):
 def channels(side):
     """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
     halvings = max(1, int(math.log2(side / 4)))
-    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+    return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
 class VAE(nn.Module):
@@ -113,14 +113,14 @@ class VAE(nn.Module):
         layers = []
         for i, o in zip([c, *widths], widths):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1),
-                       nn.BatchNorm2d(o), nn.ReLU()]
+                       nn.BatchNorm2d(o), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, HIDDEN),
-                                   nn.BatchNorm1d(HIDDEN), nn.ReLU())
+                                   nn.BatchNorm1d(HIDDEN), nn.SiLU())
         self.mu, self.logvar = nn.Linear(HIDDEN, d_z), nn.Linear(HIDDEN, d_z)
-        layers = [nn.Linear(d_z, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
+        layers = [nn.Linear(d_z, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.SiLU(),
                   nn.Linear(HIDDEN, features), nn.Unflatten(1, (widths[-1], small, small))]
         for i, o in zip(widths[::-1], [*widths[-2::-1], c]):
-            layers += [nn.BatchNorm2d(i), nn.ReLU(),
+            layers += [nn.BatchNorm2d(i), nn.SiLU(),
                        nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1)]
         self.decoder = nn.Sequential(*layers)
         self.to(memory_format=torch.channels_last)
@@ -342,7 +342,7 @@ def parse_args(argv=None):
                    "the vae climbs; above 1: the importance-weighted autoencoder")
     g.add_argument("--steps", type=common.positive_int, default=3000, help="of the vae")
     g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
-    g.add_argument("--lr", type=common.positive_float, default=2e-3, help="Adam's rate, falls to 0")
+    g.add_argument("--lr", type=common.positive_float, default=6e-3, help="Adam's rate, falls to 0")
     args = p.parse_args(argv)
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
