@@ -42,6 +42,7 @@ MARGIN, PULL_AWAY = 0.3, 1.0     # ebgan: Zhao 2017 has a weight of 0.1 for the 
 GAMMA, LAMBDA_K = 0.9, 0.1       # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
 PANEL = 60                       # pictures of each loss in samples.png, a column for each label
 Z, LABEL = 64, 3.0               # length of z; of a one-hot label beside it
+AGREEMENT = 2.0                  # infogan: weight of Q's agreement with itself on data
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
 VEIL = torch.tensor([0.6, 0.4, 0.6, 0.2, 0.2])  # infogan: range of turn, stretch, shear, two shifts
 
@@ -149,6 +150,18 @@ def pull_away(codes):
     squares = (cosine @ cosine.T) ** 2
     n = len(codes)
     return (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
+
+
+def mutual_information(p, q):
+    """I(c; c') of the labels guessed for two views of the same pictures, in nats: 0 to log K.
+
+    p, q: probabilities [B, K]; their joint law is the mean of p qᵀ, made symmetric (Ji et al.
+    2019). To be maximised: log K if both views always agree and all K labels are as frequent.
+    """
+    joint = (p[:, :, None] * q[:, None, :]).mean(dim=0)
+    joint = (joint + joint.T) / 2
+    p_c = joint.sum(dim=0)
+    return torch.special.xlogy(joint, joint).sum() - 2 * torch.special.xlogy(p_c, p_c).sum()
 
 
 def began_d(real_error, fake_error, k):
@@ -445,6 +458,13 @@ def train(args, name, images, device, saved, done):
             return F.cross_entropy(guess, y.repeat(len(guess) // len(y)))  # of D's two halves
         return 0.0
 
+    def disagreement(x):
+        """infogan's Q should also read the same code in two disturbed copies of a data picture."""
+        if method.labels != "code":
+            return 0.0
+        p, q = (D(disturbed(x), None)[1].softmax(dim=1) for _ in range(2))
+        return -AGREEMENT * mutual_information(p, q)
+
     def draw(x, y):
         """Labels for a batch like x, one-hot (None for a method without), and G's pictures."""
         if method.labels == "code":
@@ -470,7 +490,7 @@ def train(args, name, images, device, saved, done):
                 score, guess = D(both, None if one_hot is None else one_hot.repeat(2, 1))
                 real, fake = score.split(len(x))
                 loss_d = d_loss(real, fake)
-                total_d = loss_d + label_loss(x_fake.detach(), y, guess)
+                total_d = loss_d + label_loss(x_fake.detach(), y, guess) + disagreement(x)
                 if method.penalty:
                     total_d = total_d + LAMBDA * method.penalty(critic, x, x_fake.detach())
                 if args.r1:

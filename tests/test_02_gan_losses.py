@@ -210,6 +210,40 @@ def test_pull_away_is_the_mean_squared_cosine_of_all_pairs(seed, n, d):
     assert losses.pull_away(torch.eye(n).double()).item() == 0
 
 
+def mutual_information_is_a_difference_of_entropies(information, seed, n, k):
+    """H(c) + H(c') - H(c, c') of the joint law, summed in Python."""
+    p, q = (3 * normal(seed, 2, n, k)).softmax(dim=2)
+    joint = [[sum(a[i] * b[j] + a[j] * b[i] for a, b in zip(p.tolist(), q.tolist())) / (2 * n)
+              for j in range(k)] for i in range(k)]
+
+    def entropy(law):
+        return -sum(v * math.log(v) for v in law)
+    marginal = [sum(row) for row in joint]
+    expected = 2 * entropy(marginal) - entropy([v for row in joint for v in row])
+    got = information(p, q).item()
+    assert_close(got, expected, rtol=0, atol=100 * n * k * EPS)
+    assert -100 * n * k * EPS <= got <= math.log(k) + 100 * n * k * EPS
+
+
+@given(seeds(), sizes, st.integers(1, 5))
+def test_mutual_information_is_a_difference_of_entropies(seed, n, k):
+    mutual_information_is_a_difference_of_entropies(losses.mutual_information, seed, n, k)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda p, q: -losses.mutual_information(p, q),
+    lambda p, q: losses.mutual_information(p, p),
+    lambda p, q: losses.mutual_information(p, q) / math.log(2)])  # in bits
+def test_wrong_mutual_information_is_rejected(twin):
+    assert rejected(mutual_information_is_a_difference_of_entropies, twin, 0, 4, 3)
+
+
+def test_mutual_information_reaches_both_ends():
+    sure = torch.eye(4).double()
+    assert_close(losses.mutual_information(sure, sure).item(), math.log(4), rtol=4 * EPS, atol=0)
+    assert losses.mutual_information(sure[:1].expand(4, 4), sure[:1].expand(4, 4)).item() == 0
+
+
 # --- the methods -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", losses.METHODS)
@@ -423,6 +457,17 @@ def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, mo
     flags = ["--loss", name, "--steps", "2"]
     plain = run(tmp_path / "plain", digits_dir, *flags)
     monkeypatch.setitem(losses.METHODS, name, losses.METHODS[name]._replace(**column))
+    assert not same(run(tmp_path / "other", digits_dir, *flags), plain)
+
+
+@pytest.mark.parametrize("name, constant, value", [
+    ("infogan", "AGREEMENT", 0.0), ("ebgan", "PULL_AWAY", 0.0), ("ebgan", "MARGIN", 0.9),
+    ("began", "GAMMA", 0.5), ("began", "LAMBDA_K", 0.5), ("dragan", "LAMBDA", 1.0)])
+def test_every_constant_reaches_the_training(tmp_path, digits_dir, monkeypatch, name, constant,
+                                             value):
+    flags = ["--loss", name, "--steps", "3"]
+    plain = run(tmp_path / "plain", digits_dir, *flags)
+    monkeypatch.setattr(losses, constant, value)
     assert not same(run(tmp_path / "other", digits_dir, *flags), plain)
 
 
