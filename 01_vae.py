@@ -5,17 +5,18 @@ Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015, arXiv:1509.00
 Idea     q(z|x) = N(mu(x), σ²(x)),  z = mu + σ u,  u ~ N(0, I)                   -> reparameterise()
          KL(q(z|x) ‖ N(0, I)) = ½ Σ (σ² + mu² - 1 - log σ²)                -> kl_standard_normal()
          log p(x) >= E_q log p(x|z) - KL = ELBO: the loss is -ELBO, or the course's   -> vae_loss()
-         log p(x) >= E log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x), tight as k grows       -> iwae_bound()
+         log p(x) >= E log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x), tight as k grows      -> iwae_bound()
 See      pictures.png: reconstructions, one picture encoded five times, samples, the way from one
          code to another (--z-dim 2: the latent plane); study.png: what sigma^2 and the KL term do;
          curves.png, log.csv, samples.pt. Printed: test NLL by the bound with k = 100, -ELBO, KL in
          nats; error of reconstructions; spread of the codes; distance of samples to the data.
-         In work: the settings are not tuned yet, so no figures here.
+         On binarised MNIST: NLL @NLL@ nats (published, other networks: 86.76).
+         @STUDY@
 Differs  convolutions with batch norm for the paper's perceptrons; every batch is drawn to 0 or 1
          anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
-Time     --quick 15 s on 2 CPU cores.
+Time     @TIME@
 Run      python 01_vae.py
-         python 01_vae.py --data path/to/faces --models vae --steps 3000 --batch 40 --z-dim 128
+         python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --steps 3000 --batch 40 --lr 3e-3
 """
 
 import math
@@ -29,8 +30,8 @@ import common
 
 HIDDEN = 512                     # width of the layer beside the code, both sides
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
-STUDY = 0.1                      # steps, and test pictures, of the last four: share of the vae's
-N_TEST, K_TEST = 1000, 100       # test pictures, samples of z for each: the importance-weighted bound
+STUDY = 0.05                     # steps, and test pictures, of the last four: share of the vae's
+N_TEST, K_TEST = 1000, 100       # test pictures, and samples of z for each, in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
 
 
@@ -164,6 +165,11 @@ def log_likelihood(model, x, logits):
     return log_gaussian(x, logits.sigmoid(), model.x_sigma2 * x[0].numel())
 
 
+def mirrored(x):
+    """Every second picture of the batch, by chance, from left to right: a face, but no digit."""
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+
+
 def seen(model, x):
     """The batch x in [-1, 1] as the model sees it: [0, 1], drawn anew to 0 or 1 for Bernoulli."""
     x = (x + 1) / 2
@@ -229,7 +235,8 @@ def train(args, name, model, images, test, device, saved, done):
     with common.ctrl_c() as pressed:
         for step in range(first + 1, steps + 1):
             # x -> q(z|x) -> z -> p(x|z): descend -ELBO, the course's loss, or the bound with k > 1
-            x = seen(model, next(batches)[0])
+            x = next(batches)[0]
+            x = seen(model, mirrored(x) if c == 3 else x)
             mu, logvar = net.encode(x)
             z = reparameterise(mu, logvar, torch.randn(model.k, *mu.shape, device=device))
             logits = net.decode(z)
@@ -265,7 +272,8 @@ def train(args, name, model, images, test, device, saved, done):
     samples = decode(net, z_fixed[:1000])
     if name == "vae":
         common.save(common.to_uint8(decode(net, z_fixed)).cpu(), args.out / "samples.pt")
-    return {"log": log, "pictures": pictures(net, x, samples), **measure(net, model, x[:n]),
+    x_train = seen(model, common.to_float(images.x[:32]))
+    return {"log": log, "pictures": pictures(net, x, x_train, samples), **measure(net, model, x[:n]),
             "distance": nearest_distance(samples, images)}
 
 
@@ -276,14 +284,18 @@ def decode(net, z):
 
 
 @torch.no_grad()
-def pictures(net, x, samples):
-    """What the figures show, uint8: pictures under their reconstructions, samples, and so on."""
-    mu, logvar = net.encode(x[:32])
+def pictures(net, x, x_train, samples):
+    """What the figures show, uint8: pictures with their reconstructions, samples, and so on."""
+    x, x_train = (a[torch.arange(32) % len(a)] for a in (x, x_train))  # a small folder has fewer
+    mu, logvar = net.encode(x)
     several = reparameterise(mu[:6], logvar[:6], torch.randn(5, 6, mu.shape[1], device=x.device))
     alpha = torch.linspace(0, 1, 8, device=x.device)[:, None]
     between = torch.cat([(1 - alpha) * mu[i] + alpha * mu[i + 1] for i in range(0, 12, 2)])
-    kept = {"test": 2 * x[:32] - 1, "rec": decode(net, mu), "samples": samples[:64],
-            "several": decode(net, several.flatten(0, 1)), "between": decode(net, between)}
+    pairs, pairs_train = (torch.stack([2 * a - 1, decode(net, net.encode(a)[0])], dim=1)
+                          .flatten(0, 1) for a in (x, x_train))
+    kept = {"pairs": pairs, "pairs_train": pairs_train, "samples": samples[:64],
+            "several": torch.cat([2 * x[:6] - 1, decode(net, several.flatten(0, 1))]),
+            "between": decode(net, between)}
     if mu.shape[1] == 2:  # the quantiles of the prior, from -1.64 to 1.64 in both directions
         line = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.05, 0.95, 15)).to(x.device)
         kept["manifold"] = decode(net, torch.cartesian_prod(line, line).flip(1))
@@ -300,11 +312,9 @@ def figures(args, images, done):
     title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     name, run = next(iter(done.items()))
     kept = run["pictures"]
-    pairs = torch.stack([kept["test"], kept["rec"]], dim=1).flatten(0, 1)
-    first, several = kept["test"][:6], kept["several"]
-    cells = [("test pictures, each left of\nits reconstruction", show(pairs, 8)),
-             ("top row: pictures; below:\neach encoded five times",
-              show(torch.cat([first, several]), 6)),
+    cells = [("training pictures, each left\nof its reconstruction", show(kept["pairs_train"], 8)),
+             ("test pictures, each left of\nits reconstruction", show(kept["pairs"], 8)),
+             ("top row: pictures; below:\neach encoded five times", show(kept["several"], 6)),
              ("samples: decoded\nz ~ N(0, I)", show(kept["samples"], 8)),
              ("from one code to another\nin equal steps", show(kept["between"], 8))]
     if "manifold" in kept:
@@ -314,9 +324,8 @@ def figures(args, images, done):
         def text(run, *names):
             return ", ".join(f"{name} {run[name]:.3g}" for name in names)
         common.save_panels(args.out / "study.png", [
-            ("reconstructions", [(f"{name}\n{text(run, 'mse', 'kl')}", show(torch.stack(
-                [run["pictures"]["test"], run["pictures"]["rec"]], dim=1).flatten(0, 1), 8))
-                for name, run in done.items()]),
+            ("reconstructions", [(f"{name}\n{text(run, 'mse', 'kl')}",
+                                  show(run["pictures"]["pairs"], 8)) for name, run in done.items()]),
             ("samples", [(text(run, "spread", "distance"), show(run["pictures"]["samples"], 8))
                          for run in done.values()])], title)
     log = [row for run in done.values() for row in run["log"]]
@@ -341,7 +350,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("training")
     g.add_argument("-k", type=common.positive_int, default=1, help="samples of z in the bound that "
                    "the vae climbs; above 1: the importance-weighted autoencoder")
-    g.add_argument("--steps", type=common.positive_int, default=4000, help="of the vae")
+    g.add_argument("--steps", type=common.positive_int, default=3200, help="of the vae")
     g.add_argument("--batch", type=common.positive_int, default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.positive_float, default=1e-2, help="Adam's rate, falls to 0")
     args = p.parse_args(argv)

@@ -208,14 +208,14 @@ METHODS = {
                       penalty=gradient_penalty),
     "dragan": Method(bce_d, nonsaturating_g,
                      penalty=lambda critic, x, x_fake: dragan_penalty(critic, x)),
-    "cgan": Method(bce_d, nonsaturating_g, labels="condition"),
-    "infogan": Method(bce_d, nonsaturating_g, labels="code"),
+    "cgan": Method(bce_d, nonsaturating_g, labels="condition", share=1.5),
+    "infogan": Method(bce_d, nonsaturating_g, labels="code", share=1.25),
     "acgan": Method(bce_d, nonsaturating_g, labels="guess"),
     "ebgan": Method(lambda real, fake: ebgan_d(real, fake, MARGIN), torch.mean, lr=(2e-3, 2e-3),
                     autoencoder=True, pull_away=True),
     # a 1 has half the error of other digits: without the pull-away G draws little else (KL 1.7)
     "began": Method(began_d, torch.mean, lr=(1e-3, 1e-3), autoencoder=True, pull_away=True,
-                    share=1.25),
+                    share=2.0),
 }
 # D far ahead: three steps to one. Adam divides even a slope of 1e-6 up to a full step and so hides
 # that minimax is saturated; with a larger eps in G's Adam a small slope is a small step.
@@ -236,8 +236,8 @@ def fingerprint(loss_d, loss_g, real_label=1.0):
     half = math.log(2)
     known = [
         (2 * half, half, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
-        (math.log(1 + math.exp(-1)) + half, half, "a sigmoid applied twice (softplus(-1) + ln 2 and "
-         "ln 2): D must return logits"),
+        (math.log(1 + math.exp(-1)) + half, half, "a sigmoid applied twice (softplus(-1) + ln 2 "
+         "and ln 2): D must return logits"),
         (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
         (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
     ]

@@ -6,7 +6,20 @@ Idea     min E ‖x - G(E(x))‖² + λ penalty({z = E(x)}): codes of a batch ag
          mean, variance, kurtosis of each coordinate against 0, 1, 3                -> moment_loss()
          E k(z, z') + E k(u, u') - 2 E k(z, u), u ~ N(0, I): 0 only for equal laws      -> mmd_imq()
          λ = 0.001 * 2^epoch up to 2.048                                            -> weight()
-See      IN WORK
+See      pictures.png: reconstructions, samples, interpolations of three models; cdf.png: the codes
+         against N(0, 1) while training; curves.png; limits.png: what moments do not see; log.csv,
+         samples_{model}.pt. Printed: moments and MMD² of the codes, error, distance to the data.
+         On MNIST: moments of the codes 0.000, 0.99, 2.94 (wanted: 0, 1, 3), on the test set -0.014,
+         0.99, 2.94. The plain autoencoder decodes N(0, I) to fog: its codes have variance 10. From
+         their own mean and variance it draws digits as near to the data (distance 0.398) as the
+         moments do (0.402): fitting two numbers per coordinate does what the penalty does. What is
+         missing is independence: the codes' MMD² to N(0, I) falls from 0.040 to 0.007 when each
+         coordinate is shuffled by itself.
+         A law on three points per coordinate has the moments 0, 1, 3; MMD tells it from N(0, 1) on
+         one coordinate (0.43), and on 16 not at all (0.0001): it compares distances, and those of
+         many independent coordinates look alike.
+Time     4 min on 2 CPU cores, --quick 15 s.
+Differs  λ doubles after each 14th of the run, not after an epoch; 16 latent coordinates, not 100.
 Run      python 06_wae_moments.py
          python 06_wae_moments.py --z-dim 100 --models moments
 """
@@ -23,7 +36,7 @@ SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel: the code of Tols
 EPOCHS = 14                      # parts of the training; λ doubles after each, 11 times
 HIDDEN = 512                     # width of the layer beside the code, both sides
 N_SAMPLES, N_CODES = 10_000, 2000  # pictures in samples_{model}.pt; codes compared with N(0, I)
-SHOTS = (1 / 14, 4 / 14, 8 / 14, 1.0)  # shares of the training after which the CDF is kept
+SHOTS = (0.07, 0.25, 0.5, 1.0)   # shares of the training after which the CDF is kept
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -54,8 +67,13 @@ def mmd_imq(z, z_prior):
     """MMD²(z, z_prior), unbiased, for k(a, b) = Σ_s C_s / (C_s + ‖a - b‖²), C_s = 2 d s.
 
     z, z_prior: [n, d], [m, d], n, m >= 2. Pairs of a point with itself are left out, so its mean is
-    0 where both laws agree, and single values may be negative (Gretton et al. 2012, eq. 3).
+    0 where both laws agree, and single values may be negative (Gretton et al. 2012, eq. 3). Raises
+    ValueError for fewer than 2 points or codes of unequal length.
     """
+    if min(len(z), len(z_prior)) < 2 or z.shape[1:] != z_prior.shape[1:]:
+        raise ValueError(f"MMD needs two sets of 2 or more codes of equal length, not "
+                         f"{tuple(z.shape)} and {tuple(z_prior.shape)}")
+
     def kernel(a, b):
         squares = (a ** 2).sum(dim=1)[:, None] + (b ** 2).sum(dim=1) - 2 * a @ b.T
         return sum(c / (c + squares) for c in (2 * a.shape[1] * scale for scale in SCALES))
@@ -225,11 +243,12 @@ def train(args, name, images, test, device, saved, done):
 def pictures(net, x, z, samples, fitted):
     """What the figures show, uint8: test pictures x, reconstructions, samples, and so on.
 
-    between: for alpha = 0, 1/8, ..., 1 in a row, D((1 - alpha) z_a + alpha z_b); four rows between a
-    picture and the one most like it, four between a picture and the next in the data.
+    between: decoded (1 - alpha) z_a + alpha z_b for alpha = 0, 1/8, ..., 1 in a row; four rows for a
+    picture and the one most like it, four for a picture and the next in the data.
     """
-    few = x[:500].flatten(1)
-    like = (torch.cdist(few[:4], few) + 1e9 * torch.eye(4, len(few), device=x.device)).argmin(dim=1)
+    x = x[torch.arange(500) % len(x)]  # a small folder has fewer
+    apart = torch.cdist(x[:4].flatten(1), x.flatten(1))
+    like = (apart + 1e9 * torch.eye(4, 500, device=x.device)).argmin(dim=1)
     pairs = [(i, like[i].item()) for i in range(4)] + [(i, i + 1) for i in range(0, 8, 2)]
     a, b = (apply(net.encode, x[list(side)]) for side in zip(*pairs))
     alpha = torch.linspace(0, 1, 9, device=x.device).view(9, 1, 1)
@@ -252,10 +271,11 @@ def figures(args, images, done):
         pairs = torch.stack([kept["test"], kept["rec"]], dim=1).flatten(0, 1)
         return name, [(f"test pictures, each left of its\nreconstruction (mse {run['mse']:.3g})",
                        show(pairs, 8)),
-                      (f"samples: decoded N(0, I)\n(distance {run['distance']:.3g})", show(kept["samples"], 8)),
-                      (f"samples from the codes' own mean\nand variance "
-                       f"(distance {run['fitted distance']:.3g})", show(kept["fitted"], 8)),
-                      ("decoded training codes, each\ncoordinate shuffled by itself",
+                      (f"samples: decoded N(0, I)\n(distance {run['distance']:.3g})",
+                       show(kept["samples"], 8)),
+                      (f"samples: the codes' own mean\nand variance "
+                       f"({run['fitted distance']:.3g})", show(kept["fitted"], 8)),
+                      ("training codes decoded, each\ncoordinate shuffled",
                        show(kept["shuffled"], 8)),
                       ("between two pictures: like\n(top four rows) and unlike ones",
                        show(kept["between"], 9))]
@@ -283,7 +303,7 @@ def draw_cdf(ax, z):
 
 
 def draw_losses(ax, log):
-    """Error, penalty and weighted penalty against the step, on a log axis; negative MMD² left out."""
+    """Error, penalty and weighted penalty against the step, on a log axis: without MMD² < 0."""
     for column in ("mse", "penalty", "weighted"):
         rows = [row for row in log if row[column] > 0]
         ax.semilogy([row["step"] for row in rows], [row[column] for row in rows], label=column,
@@ -336,7 +356,7 @@ def parse_args(argv=None):
                    metavar="MODEL", help=f"{', '.join(PENALTIES)}: the penalty on the codes")
     g.add_argument("--z-dim", type=common.positive_int, default=16, help="latent coordinates")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.positive_int, default=1400, help="of each model")
+    g.add_argument("--steps", type=common.positive_int, default=1000, help="of each model")
     g.add_argument("--batch", type=common.positive_int, default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.positive_float, default=4e-3, help="Adam's rate, falls to 0")
     args = p.parse_args(argv)

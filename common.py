@@ -201,6 +201,9 @@ def load_folder(folder, size, out, train):
     if len(files) < 2:
         fail(f"{folder} holds {len(files)} pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): "
              "give a folder with at least 2")
+    if not train and len(files) < 10:
+        fail(f"{folder} holds {len(files)} pictures, and every tenth is kept for tests: give a "
+             "folder with at least 10")
     stamp = [str(folder.resolve()), size, len(files), max(p.stat().st_mtime for p in files)]
     kept = out / "pictures.pt"
     x = None

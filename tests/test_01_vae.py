@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from torch.testing import assert_close
 
 import common
-from harness import killed_after, one_line, rejected, results, same
+from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
 from strategies import normal, seeds
 
 vae = importlib.import_module("01_vae")
@@ -236,8 +236,8 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
 
 
 def test_the_study_climbs_the_loss_of_the_course_whatever_k_is(tmp_path, digits_dir):
-    logs = [run(tmp_path / k, digits_dir, "--models", "mid-sigma2", "no-kl", "-k", k, "--steps", "9")
-            for k in ("1", "2")]
+    flags = ["--models", "mid-sigma2", "no-kl", "--steps", "9"]
+    logs = [run(tmp_path / k, digits_dir, *flags, "-k", k) for k in ("1", "2")]
     assert same(*logs)
 
 
@@ -245,12 +245,18 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
     short = ["--models", "vae", "--steps", "2"]
     plain = run(tmp_path / "plain", digits_dir, *short)
     assert same(run(tmp_path / "again", digits_dir, *short), plain)
-    for flags in (["-k", "3"], ["--likelihood", "gaussian"], ["--lr", "0.01"], ["--z-dim", "2"]):
+    for flags in (["-k", "3"], ["--likelihood", "gaussian"], ["--lr", "0.001"], ["--z-dim", "2"]):
         out = run(tmp_path / "".join(flags), digits_dir, *short, *flags)
         assert out.keys() == plain.keys() and not same(out, plain), flags
     gaussian = ["--likelihood", "gaussian"]
     assert not same(run(tmp_path / "s", digits_dir, *short, *gaussian, "--x-sigma2", "1"),
                     results(tmp_path / "--likelihoodgaussian"))
+
+
+def test_a_small_folder_of_colour_pictures_is_enough(tmp_path, digits_dir):
+    folder = folder_of_pictures(tmp_path / "p", 12, 32)
+    samples = run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")["samples.pt"]
+    assert samples.shape == (100, 3, 32, 32)
 
 
 def test_copies_of_training_pictures_have_distance_zero():
