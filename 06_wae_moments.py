@@ -367,7 +367,7 @@ def parse_args(argv=None):
     return args
 
 
-def check(args, images):
+def check(args, images, test):
     """Ends the run if the flags do not fit the data."""
     c, h, w = images.x.shape[1:]
     if h != w or h % 4:
@@ -375,6 +375,9 @@ def check(args, images):
                     "by 4")
     if min(args.batch, len(images.x)) < 2:
         common.fail("moments are those of a batch: use --batch 2 or more")
+    if len(test.x) < 2:
+        common.fail(f"{images.name} has one test picture, and moments need two: give a folder "
+                    "with at least 20")
 
 
 def main(argv=None):
@@ -383,7 +386,7 @@ def main(argv=None):
     saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
-    check(args, images)
+    check(args, images, test)
     done = saved["done"] if saved else {}
     for name in args.models:
         if name not in done:

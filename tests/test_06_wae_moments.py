@@ -270,10 +270,10 @@ def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
 
 def test_a_small_folder_is_enough_and_a_tiny_one_is_refused(tmp_path, digits_dir, capsys):
     flags = ["--size", "32", "--models", "moments", "--z-dim", "2"]
-    run(tmp_path / "a", digits_dir, "--data", folder_of_pictures(tmp_path / "p", 10, 32), *flags)
-    folder = folder_of_pictures(tmp_path / "q", 9, 32)
-    one_line(capsys, lambda: run(tmp_path / "b", digits_dir, "--data", folder, *flags),
-             "at least 10")
+    run(tmp_path / "a", digits_dir, "--data", folder_of_pictures(tmp_path / "p", 20, 32), *flags)
+    for n, words in ((9, "at least 10"), (19, "at least 20")):
+        folder = folder_of_pictures(tmp_path / f"{n}", n, 32)
+        one_line(capsys, lambda: run(tmp_path / "b", digits_dir, "--data", folder, *flags), words)
 
 
 def test_odd_sides_are_refused(tmp_path, digits_dir, capsys):
