@@ -243,8 +243,8 @@ def train(args, name, images, test, device, saved, done):
 def pictures(net, x, z, samples, fitted):
     """What the figures show, uint8: test pictures x, reconstructions, samples, and so on.
 
-    between: decoded (1 - alpha) z_a + alpha z_b for alpha = 0, 1/8, ..., 1 in a row; four rows for a
-    picture and the one most like it, four for a picture and the next in the data.
+    between: decoded (1 - alpha) z_a + alpha z_b for alpha = 0, 1/8, ..., 1 in a row; four rows for
+    a picture and the one most like it, four for a picture and the next in the data.
     """
     x = x[torch.arange(500) % len(x)]  # a small folder has fewer
     apart = torch.cdist(x[:4].flatten(1), x.flatten(1))

@@ -210,6 +210,15 @@ def test_encoding_twice_differs_and_decoding_twice_does_not(c, side):
     assert_close(logits[1], net.decode(z[1]), rtol=1e-4, atol=1e-5)
 
 
+@given(seeds())
+def test_mirrored_pictures_are_themselves_or_their_mirror_image(seed):
+    torch.manual_seed(seed)
+    x = torch.rand(64, 3, 2, 5)
+    mirrored = vae.mirrored(x)
+    kept, turned = ((mirrored == a).flatten(1).all(dim=1) for a in (x, x.flip(3)))
+    assert (kept ^ turned).all() and kept.any() and turned.any()  # all alike: 2 times in 2^64
+
+
 # --- whole runs --------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
