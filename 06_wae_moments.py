@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 import common
 
+NORMAL = torch.tensor([[0.0], [1.0], [3.0]])  # mean, variance, kurtosis of N(0, 1)
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel: the code of Tolstikhin et al. 2018
 EPOCHS = 14                      # parts of the training; λ doubles after each, 11 times
 HIDDEN = 512                     # width of the layer beside the code, both sides
@@ -60,7 +61,7 @@ def moment_loss(z):
     Not 0 for a batch of N(0, I): about (1 + 2 + 24) / (3 B) from the luck of the draw.
     """
     found = torch.stack(moments(z))
-    return F.mse_loss(found, torch.tensor([[0.0], [1.0], [3.0]]).to(found).expand_as(found))
+    return F.mse_loss(found, NORMAL.to(found).expand_as(found))
 
 
 def mmd_imq(z, z_prior):
@@ -141,7 +142,7 @@ def code_report(z):
     found = torch.stack(moments(z))
     prior = torch.randn(N_CODES, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)
     numbers = dict(zip(("mean", "variance", "kurtosis"), found.mean(dim=1).tolist()))
-    worst = (found - torch.tensor([[0.0], [1.0], [3.0]]).to(z)).abs().amax(dim=1).tolist()
+    worst = (found - NORMAL.to(z)).abs().amax(dim=1).tolist()
     return numbers | {f"{name} off": value for name, value in zip(numbers, worst)} \
         | {"moment loss": moment_loss(z).item(), "mmd": mmd_imq(z[:N_CODES], prior).item()}
 
@@ -266,7 +267,7 @@ def figures(args, images, done):
     def show(x, columns):
         return lambda ax: common.draw_images(ax, x, columns)
 
-    def row(name, run):
+    def panels(name, run):
         kept = run["pictures"]
         pairs = torch.stack([kept["test"], kept["rec"]], dim=1).flatten(0, 1)
         return name, [(f"test pictures, each left of its\nreconstruction (mse {run['mse']:.3g})",
@@ -281,7 +282,7 @@ def figures(args, images, done):
                        show(kept["between"], 9))]
 
     title = f"Autoencoders on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
-    common.save_panels(args.out / "pictures.png", [row(*item) for item in done.items()], title)
+    common.save_panels(args.out / "pictures.png", [panels(*item) for item in done.items()], title)
     common.save_panels(args.out / "cdf.png", [
         (name, [(f"step {step:,}", lambda ax, z=z: draw_cdf(ax, z))
                 for step, z in run["shots"].items()]) for name, run in done.items()],
@@ -375,6 +376,8 @@ def check(args, images, test):
                     "by 4")
     if min(args.batch, len(images.x)) < 2:
         common.fail("moments are those of a batch: use --batch 2 or more")
+    if args.z_dim < 2:
+        common.fail("dependence takes two coordinates: use --z-dim 2 or more")
     if len(test.x) < 2:
         common.fail(f"{images.name} has one test picture, and moments need two: give a folder "
                     "with at least 20")

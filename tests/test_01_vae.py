@@ -1,5 +1,6 @@
 """Chapter 01: the bound is a bound, its terms are what they say, a kill loses nothing."""
 
+import csv
 import importlib
 import itertools
 import math
@@ -242,6 +243,16 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, "--resume")
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
+
+
+def test_without_its_term_the_kl_is_free_to_grow(tmp_path, digits_dir):
+    """With pixels of variance 1 the data says little: the KL falls with its term, else it rises."""
+    run(tmp_path, digits_dir, "--models", "mid-sigma2", "no-kl", "--x-sigma2", "1",
+        "--steps", str(round(30 / vae.STUDY)), "--batch", "32")
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    first, last = ({row["model"]: float(row["kl"]) for row in some} for some in
+                   (reversed(rows), rows))
+    assert last["mid-sigma2"] < first["mid-sigma2"] / 2 and last["no-kl"] > first["no-kl"]
 
 
 def test_the_study_climbs_the_loss_of_the_course_whatever_k_is(tmp_path, digits_dir):
