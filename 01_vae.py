@@ -16,7 +16,7 @@ See      pictures.png: reconstructions, one picture encoded five times, samples,
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
 Differs  convolutions with batch norm for the paper's perceptrons; every batch is drawn to 0 or 1
          anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
-Time     3.5 min on 2 CPU cores, nearly 5 in a slow hour; --quick 20 s.
+Time     3.5 min on 2 CPU cores; --quick 20 s.
 Run      python 01_vae.py
          python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --steps 3000 --batch 40
 """
