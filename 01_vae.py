@@ -18,7 +18,8 @@ Differs  convolutions with batch norm for the paper's perceptrons; every batch i
          anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
 Time     3.5 min on 2 CPU cores; --quick 20 s.
 Run      python 01_vae.py
-         python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --steps 3000 --batch 40
+         python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --z-dim 128 --steps 3000 \
+             --batch 40 --lr 3e-3
 """
 
 import math

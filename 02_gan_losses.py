@@ -13,8 +13,8 @@ See      samples.png: every loss from the same z; saturation.png: which slope re
          Printed: classes by nearest training picture, their KL to uniform in nats, labels obeyed,
          and what a frozen log means. On MNIST: 10 classes for all losses, KL 0.002 to 0.1; acgan
          obeys 95 % of the labels, cgan 89 % (97 % by a classifier), infogan's code agrees with the
-         digit for 69 to 85 %.
-Time     4 to 5 min on 2 CPU cores, --quick 20 s; --loss all 21 min.
+         digit for 71 to 85 %.
+Time     --loss all 18.5 min on 2 CPU cores, before infogan and began got more steps
 Differs  no batch norm in D; Adam with beta1 = 0 for all; wgan and wgan-gp make 3 and 2 steps of D,
          not 5; rates fall along a cosine; cgan's D adds its guess of the label to the score
          (Miyato, Koyama 2018); infogan's Q sees disturbed pictures and must agree with itself on

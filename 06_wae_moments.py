@@ -326,26 +326,17 @@ def limits(args, done):
         [name, f"{moment_loss(z).item():.4f}", f"{mmd_imq(z, prior[:, :z.shape[1]]).item():.5f}"]
         for name, z in laws.items()])
 
-    def histogram(names):
-        def draw(ax):
-            for name in names:
-                ax.hist(((laws[name] ** 2).sum(dim=1) / args.z_dim).numpy(), bins=60, range=(0, 3),
-                        histtype="step", density=True, label=name)
-            ax.legend(fontsize=6)
-        return draw
-
     def scatter(name):
         z = laws[name]
         related = torch.corrcoef((z ** 2).T).fill_diagonal_(0).abs()
         i, j = divmod(related.argmax().item(), args.z_dim)
         return lambda ax: ax.scatter(*z[:, [i, j]].T.numpy(), s=1)
 
-    penalised = [f"codes of {name}" for name in done if PENALTIES[name]]
     common.save_panels(args.out / "limits.png", [("", [
         ("one coordinate of the\nlaw on three points", lambda ax: ax.hist(
             laws["three points, one coordinate"][:, 0].numpy(), bins=41, range=(-3, 3))),
-        *((f"{name}: the two\nmost dependent coordinates", scatter(name)) for name in penalised),
-        ("‖z‖² / d", histogram(["N(0, I)", *penalised]))])])
+        *((f"codes of {name}: the two\nmost dependent coordinates", scatter(f"codes of {name}"))
+          for name in done if PENALTIES[name])])])
 
 
 # --- main --------------------------------------------------------------------------------------
