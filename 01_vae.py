@@ -34,7 +34,7 @@ import common
 HIDDEN = 512                     # width of the layer beside the code, both sides
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
 STUDY = 0.05                     # steps, and test pictures, of the last four: share of the vae's
-N_TEST, K_TEST = 1000, 100       # test pictures, and samples of z for each, in the bound
+N_TEST = 1000                    # test pictures in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
 
 
@@ -180,17 +180,17 @@ def seen(model, x):
 
 
 @torch.no_grad()
-def measure(net, model, x):
+def measure(net, model, x, k):
     """Numbers for test pictures x [N, C, H, W], as the model sees them.
 
-    nll: -iwae_bound with K_TEST samples, elbo: -ELBO, kl: all in nats for each picture. mse: of
+    nll: -iwae_bound with k samples, elbo: -ELBO, kl: all in nats for each picture. mse: of
     the pixels of the reconstruction from mu, in [0, 1] units. spread: standard deviation of the
     codes z of all pictures, 1 if together they fill the prior.
     """
     nll, elbo, kl, mse, codes = [], [], [], [], []
-    for few in x.split(10):  # times K_TEST decoded pictures at once
+    for few in x.split(max(1, 1000 // k)):  # times k decoded pictures at once
         mu, logvar = net.encode(few)
-        z = reparameterise(mu, logvar, torch.randn(K_TEST, *mu.shape, device=x.device))
+        z = reparameterise(mu, logvar, torch.randn(k, *mu.shape, device=x.device))
         log_px = log_likelihood(model, few, net.decode(z))
         kl.append(kl_standard_normal(mu, logvar))
         nll.append(-iwae_bound(log_px, z, mu, logvar))
@@ -277,7 +277,8 @@ def train(args, name, model, images, test, device, saved, done):
         common.save(common.to_uint8(decode(net, z_fixed)).cpu(), args.out / "samples.pt")
     x_train = seen(model, common.to_float(images.x[:32]))
     return {"log": log, "pictures": pictures(net, x, x_train, samples),
-            **measure(net, model, x[:n]), "distance": nearest_distance(samples, images)}
+            **measure(net, model, x[:n], args.k_test),
+            "distance": nearest_distance(samples, images)}
 
 
 @torch.no_grad()
@@ -357,6 +358,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=common.positive_int, default=3200, help="of the vae")
     g.add_argument("--batch", type=common.positive_int, default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.positive_float, default=1e-2, help="Adam's rate, falls to 0")
+    g.add_argument("--k-test", type=common.positive_int, default=100, help="samples of z in the "
+                   "bound on test pictures: more of them, a tighter bound")
     args = p.parse_args(argv)
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"

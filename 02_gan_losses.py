@@ -473,7 +473,8 @@ def train(args, name, images, device, saved, done):
         return y, one_hot, G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
 
     def noisy(x):
-        return x + args.input_noise * (1 - step / steps) * torch.randn_like(x)
+        std = args.input_noise * (1 - step / steps)
+        return x + std * torch.randn_like(x) if std else x
 
     def critic(x):
         return D(x, one_hot)[0]  # with the labels of the batch at hand

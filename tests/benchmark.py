@@ -19,6 +19,7 @@ import common
 
 losses = importlib.import_module("02_gan_losses")
 unrolled = importlib.import_module("03_unrolled_gan")
+inversion = importlib.import_module("04_inversion")
 
 
 def seconds(run, least=1.0):
@@ -36,6 +37,14 @@ def seconds(run, least=1.0):
             calls *= 2
         best = min(best, spent / calls)
     return best
+
+
+def mean_seconds(run, calls):
+    """Seconds of one call of run(), the mean of `calls`."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - began) / calls
 
 
 def loaders():
@@ -126,13 +135,28 @@ def gan_steps():
         images = common.Images(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), None, "")
         losses.N_SAMPLES = 64
         args = losses.parse_args(["--out", out])
-        before = seconds(bare, least=9)  # the machine moves: once before, once after
+        before = mean_seconds(bare, args.steps // 2)  # the machine moves: half before, half after
         run = losses.train(args, "nonsaturating", images, torch.device("cpu"), None, {})
-        step, loop = (before + seconds(bare, least=9)) / 2, run["ms a step"] / 1000
+        step = (before + mean_seconds(bare, args.steps // 2)) / 2
+        loop = run["ms a step"] / 1000
     for name, speed in (("02_gan_losses, its loop", 64 / loop), ("the step alone", 64 / step),
                         ("PyTorch-GAN's dcgan.py", theirs)):
         rows.append([name, f"{speed:,.0f}", f"{speed / theirs:.1f} x"])
     print(f"outside forward, backward, optimiser: {100 * (1 - step / loop):.0f} % of a step")
+    return rows
+
+
+def inversions():
+    """Steps of one start for one picture each second: one at a time, and many in one batch."""
+    G = inversion.generator(64, 1, 28).eval().requires_grad_(False)
+    rows, alone = [], None
+    for pictures, starts in ((1, 1), (10, 5), (100, 5), (200, 5)):
+        x, z0 = torch.rand(pictures, 1, 28, 28), torch.randn(pictures, starts, 64)
+        steps = max(4, 1000 // (pictures * starts))
+        speed = pictures * starts * steps / seconds(
+            lambda: inversion.invert(G, x, z0, steps, 0.1), least=3)
+        alone = alone or speed
+        rows.append([f"{pictures} x {starts}", f"{speed:,.0f}", f"{speed / alone:.1f} x"])
     return rows
 
 
@@ -143,6 +167,8 @@ if __name__ == "__main__":
     common.print_table(["nets", "method", "k", "ms per G step", "ratio"], generator_steps())
     print()
     common.print_table(["GAN step, batch 64", "pictures/s", "ratio"], gan_steps())
+    print()
+    common.print_table(["inverted pictures x starts", "steps/s", "ratio"], inversions())
     print()
     began = time.perf_counter()
     common.draw_digits(24_000, seed=0)

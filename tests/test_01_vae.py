@@ -226,12 +226,11 @@ def test_mirrored_pictures_are_themselves_or_their_mirror_image(seed):
 def small_runs(monkeypatch, no_figures):
     monkeypatch.setattr(vae, "N_SAMPLES", 100)
     monkeypatch.setattr(vae, "N_TEST", 40)
-    monkeypatch.setattr(vae, "K_TEST", 3)
 
 
 def run(out, digits_dir, *flags):
     vae.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "3", "--batch", "8",
-              "--out", str(out), *flags])
+              "--k-test", "3", "--out", str(out), *flags])
     return results(out)
 
 
@@ -243,6 +242,15 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, "--resume")
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
+
+
+def test_more_samples_tighten_the_printed_bound(tmp_path, digits_dir, capsys):
+    """The mean of the bound grows with k (Burda et al. 2015, theorem 1): the NLL falls."""
+    nll = []
+    for k in ("1", "100"):
+        run(tmp_path / k, digits_dir, "--models", "vae", "--k-test", k)
+        nll.append(float(capsys.readouterr().out.splitlines()[-1].split()[1]))
+    assert nll[1] < nll[0]
 
 
 def test_without_its_term_the_kl_is_free_to_grow(tmp_path, digits_dir):

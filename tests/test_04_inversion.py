@@ -1,0 +1,323 @@
+"""Chapter 04: inversion against least squares, rows that stay alone, a kept generator."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import common
+from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from strategies import generator, normal, seeds
+
+inversion = importlib.import_module("04_inversion")
+EPS = torch.finfo(torch.float64).eps
+counts, starts = st.integers(1, 5), st.integers(1, 4)
+
+
+def small_generator(seed, d=3):
+    """A smooth net z [B, d] -> [B, 1, 4, 4] with batch norm, which sees many minima."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(d, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 16),
+                         nn.Unflatten(1, (1, 4, 4)), nn.Tanh()).double().eval()
+
+
+# --- inversion ---------------------------------------------------------------------------------
+
+def best_start_of_each_picture(invert, seed, n, r):
+    """The returned z has the smallest error over the starts, for each picture by itself."""
+    G, x, z0 = small_generator(seed), normal(seed, n, 1, 4, 4).tanh(), normal(seed + 1, n, r, 3)
+    z, errors = invert(G, x, z0, 7, 0.3)
+    assert z.shape == (n, 3) and errors.shape == (n, r, 8)
+    for i in range(n):
+        alone = [((G(z[i:i + 1]) - x[i]) ** 2).mean().item()]
+        for j in range(r):
+            alone.append(((G(z0[i, j:j + 1]) - x[i]) ** 2).mean().item())
+            assert errors[i, j, 0].item() == pytest.approx(alone[-1], rel=1e-9)
+        assert alone[0] == pytest.approx(errors[i, :, -1].min().item(), rel=1e-9)
+
+
+@given(seeds(), counts, starts)
+def test_the_best_start_is_kept_for_each_picture(seed, n, r):
+    best_start_of_each_picture(inversion.invert, seed, n, r)
+
+
+def test_one_best_start_for_the_whole_batch_is_found_out():
+    def twin(G, x, z0, steps, lr):
+        n, r, d = z0.shape
+        errors = inversion.invert(G, x, z0, steps, lr)[1]
+        one = errors[:, :, -1].mean(dim=0).argmin()
+        return inversion.invert(G, x, z0[:, one:one + 1], steps, lr)[0], errors
+    assert any(rejected(best_start_of_each_picture, twin, seed, 5, 4) for seed in range(3))
+
+
+def a_batch_is_many_single_runs(invert, seed, n, r):
+    """Each row of z moves as if it were alone: the sum of the errors couples nothing."""
+    G, x, z0 = small_generator(seed), normal(seed, n, 1, 4, 4).tanh(), normal(seed + 1, n, r, 3)
+    z, errors = invert(G, x, z0, 7, 0.3)
+    for i in range(n):
+        for j in range(r):
+            _, alone = invert(G, x[i:i + 1], z0[i:i + 1, j:j + 1], 7, 0.3)
+            assert_close(alone[0, 0], errors[i, j], rtol=1e-7, atol=1e-9)
+
+
+@given(seeds(), st.integers(2, 5), starts)
+def test_a_batch_is_many_single_runs(seed, n, r):
+    a_batch_is_many_single_runs(inversion.invert, seed, n, r)
+
+
+def test_one_rate_for_all_rows_is_found_out():
+    """A twin whose gradient is normalised over the batch, so that rows share one step size."""
+    def twin(G, x, z0, steps, lr):
+        n, r, d = z0.shape
+        z = z0.reshape(n * r, d).clone().requires_grad_()
+        errors = []
+        for _ in range(steps + 1):
+            error = ((G(z) - x.repeat_interleave(r, 0)) ** 2).flatten(1).mean(1)
+            grad, = torch.autograd.grad(error.sum(), z)
+            z = (z - lr * grad / grad.norm()).detach().requires_grad_()
+            errors.append(error.detach())
+        return z.view(n, r, d)[:, 0].detach(), torch.stack(errors, 1).view(n, r, -1)
+    assert rejected(a_batch_is_many_single_runs, twin, 0, 4, 2)
+
+
+@settings(max_examples=8)
+@given(seeds(), st.integers(1, 3))
+def test_a_linear_generator_is_inverted_by_least_squares(seed, n):
+    """The objective is convex: every start ends at the one minimum that torch's solver gives.
+
+    5 pixels more than coordinates; Q with orthonormal columns, so that Adam's path is short.
+    """
+    Q, _ = torch.linalg.qr(normal(seed, 9, 4))
+    G = nn.Sequential(nn.Linear(4, 9, bias=False), nn.Unflatten(1, (1, 3, 3))).double().eval()
+    G[0].weight.data = Q
+    x = normal(seed + 1, n, 1, 3, 3)
+    z, errors = inversion.invert(G, x, normal(seed + 2, n, 2, 4), 400, 0.1)
+    expected = torch.linalg.lstsq(Q, x.flatten(1).T).solution.T
+    assert_close(z, expected, rtol=0, atol=0.01)  # what Adam's last small steps leave
+    residual = ((expected @ Q.T - x.flatten(1)) ** 2).mean(dim=1)
+    assert_close(errors[:, :, -1], residual[:, None].expand(-1, 2), rtol=0, atol=1e-4)
+
+
+@given(seeds())
+def test_neither_the_generator_nor_the_starts_are_changed(seed):
+    G, x, z0 = small_generator(seed), normal(seed, 2, 1, 4, 4), normal(seed + 1, 2, 2, 3)
+    before, starts_before = {k: v.clone() for k, v in G.state_dict().items()}, z0.clone()
+    z, _ = inversion.invert(G, x, z0, 3, 0.1)
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
+    assert all(p.grad is None for p in G.parameters())
+    assert torch.equal(z0, starts_before) and not z.requires_grad
+
+
+def test_a_generator_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="eval"):
+        inversion.invert(small_generator(0).train(), torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 3),
+                         1, 0.1)
+
+
+# --- encoder, measures -------------------------------------------------------------------------
+
+def both_terms_count(loss, seed):
+    """With E the transpose of an orthonormal Q: z is found again, and off Q's plane pixels stay."""
+    Q, _ = torch.linalg.qr(normal(seed, 9, 4))
+    x, z = normal(seed + 1, 6, 9), normal(seed + 2, 6, 4)
+    off = x - x @ Q @ Q.T
+    assert_close(loss(lambda a: a @ Q, lambda z: z @ Q.T, x, z), (off ** 2).mean(), rtol=1e-9,
+                 atol=100 * EPS)
+    shift = 0.5  # an E that is off by a constant pays for it in z, and in the pixels
+    paid = loss(lambda a: a @ Q + shift, lambda z: z @ Q.T, x @ Q @ Q.T, z)
+    assert_close(paid, torch.tensor(shift ** 2 * (1 + 4 / 9), dtype=torch.float64), rtol=1e-9,
+                 atol=100 * EPS)
+
+
+@given(seeds())
+def test_the_encoder_pays_for_codes_and_for_pixels(seed):
+    both_terms_count(inversion.encoder_loss, seed)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda E, G, x, z: ((E(G(z)) - z) ** 2).mean(),
+    lambda E, G, x, z: ((G(E(x)) - x) ** 2).mean(),
+    lambda E, G, x, z: ((E(G(z)) - z) ** 2).sum() + ((G(E(x)) - x) ** 2).mean()],
+    ids=["codes alone", "pixels alone", "sum for mean"])
+def test_wrong_encoder_losses_are_found_out(twin):
+    assert rejected(both_terms_count, twin, 0)
+
+
+@given(st.floats(-20, 60))
+def test_psnr_is_ten_times_the_logarithm_of_peak_squared_over_error(dB):
+    error = 2 ** 2 / 10 ** (dB / 10)  # the peak of [-1, 1] is 2
+    assert inversion.psnr(torch.tensor(error, dtype=torch.float64)).item() == pytest.approx(dB)
+
+
+@given(seeds(), st.integers(1, 8))
+def test_report_against_loops(seed, n):
+    x, x_rec = normal(seed, n, 2, 3, 3), normal(seed + 1, n, 2, 3, 3)
+    x_rec[0] = x[0] + 0.9 * inversion.FOUND ** 0.5
+    y = torch.randint(3, (n,), generator=generator(seed))
+    error = [sum((a - b) ** 2 for a, b in zip(p.flatten().tolist(), q.flatten().tolist())) / 18
+             for p, q in zip(x, x_rec)]
+    z, z_true = normal(seed + 2, n, 4), normal(seed + 3, n, 4)
+    found = inversion.report(x, x_rec, z, z_true, y)
+    assert found["mse"] == pytest.approx(sum(error) / n)
+    assert found["psnr"] == pytest.approx(sum(10 * math.log10(4 / e) for e in error) / n)
+    assert found["found"] == pytest.approx(1 / n)
+    for k in set(y.tolist()):
+        mine = [e for e, label in zip(error, y.tolist()) if label == k]
+        assert found[f"class {k}"] == pytest.approx(sum(mine) / len(mine))
+    rows = list(zip(z.tolist(), z_true.tolist()))
+    assert found["norm"] == pytest.approx(sum(math.hypot(*a) for a, _ in rows) / n)
+    assert found["z error"] == pytest.approx(sum(math.dist(a, b) ** 2 for a, b in rows) / (4 * n))
+    assert math.isnan(inversion.report(x, x_rec, z, None, None)["z error"])
+
+
+@given(seeds(), st.integers(0, 6), st.integers(0, 5))
+def test_the_worst_window_is_where_the_error_was_planted(seed, row, column):
+    x = normal(seed, 1, 3, 10, 9)
+    x_rec = x + 0.1
+    x_rec[:, :, row:row + 4, column:column + 4] += 1
+    value, top, left = inversion.worst_window(x, x_rec, 4)
+    assert (top.item(), left.item()) == (row, column)
+    assert value.item() == pytest.approx(1.1 ** 2)
+
+
+def test_a_frame_marks_the_window_and_nothing_else():
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    picture = inversion.framed(x, torch.tensor([2]), torch.tensor([3]), 4)[0]
+    red = (picture[0] == 255).nonzero().tolist()
+    expected = [[i, j] for i in range(2, 6) for j in range(3, 7) if i in (2, 5) or j in (3, 6)]
+    assert red == expected and picture[0].count_nonzero() == 12 and x.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("c, side", [(1, 28), (3, 32), (3, 64)])
+def test_nets_have_their_shapes(c, side):
+    G, D, E = (net.eval() for net in (inversion.generator(5, c, side),
+                                      inversion.discriminator(c, side),
+                                      inversion.encoder(5, c, side)))
+    x = G(torch.randn(4, 5))
+    assert x.shape == (4, c, side, side) and x.abs().max() <= 1
+    assert D(x).shape == (4,) and E(x).shape == (4, 5)
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch, no_figures):
+    for name, value in (("N_SAMPLES", 100), ("N_SELF", 3), ("N_TEST", 5), ("CHUNK", 4)):
+        monkeypatch.setattr(inversion, name, value)
+
+
+def run(out, digits_dir, *flags):
+    inversion.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "5", "--batch",
+                    "8", "--encoder-steps", "4", "--starts", "2", "--invert-steps", "3",
+                    "--out", str(out), *flags])
+    return results(out)
+
+
+def tables(capsys):
+    """What was printed after the figures, without the seconds."""
+    lines = capsys.readouterr().out.split("pictures ")[-1].splitlines()
+    return [line.split()[:7] for line in lines]
+
+
+def test_a_run_killed_in_either_half_resumes_to_the_same_bits(tmp_path, digits_dir, capsys):
+    straight = run(tmp_path / "straight", digits_dir)
+    table = tables(capsys)
+    assert sorted(straight) == ["log.csv", "samples.pt"] and len(straight["samples.pt"]) == 100
+    for death in (2, 5):  # in the generator's part, then in the encoder's
+        with killed_after(death):
+            run(tmp_path / "killed", digits_dir, "--resume")
+    assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
+    assert tables(capsys) == table
+
+
+def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, capsys,
+                                                               monkeypatch):
+    fresh = run(tmp_path, digits_dir)
+    table = tables(capsys)
+    monkeypatch.setattr(inversion, "train", lambda *args: pytest.fail("trained again"))
+    assert same(run(tmp_path, digits_dir), fresh) and tables(capsys) == table
+    run(tmp_path, digits_dir, "--starts", "1")  # says nothing about the generator
+    assert tables(capsys) != table
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--z-dim", "9"], ["z_dim 64", "has 9"]), (["--steps", "6"], ["steps 5", "has 6"]),
+    (["--seed", "1"], ["seed 0", "has 1"]), (["--encoder-steps", "1"], ["encoder_steps 4"])])
+def test_a_generator_of_other_flags_is_refused(tmp_path, digits_dir, capsys, flags, words):
+    run(tmp_path, digits_dir)
+    before = (tmp_path / "generator.pt").read_bytes()
+    capsys.readouterr()
+    one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
+    assert (tmp_path / "generator.pt").read_bytes() == before
+
+
+def test_a_generator_of_other_shapes_is_refused(tmp_path, digits_dir, capsys):
+    run(tmp_path, digits_dir)
+    capsys.readouterr()
+    folder = folder_of_pictures(tmp_path / "p", 20, 32)
+    one_line(capsys, lambda: run(tmp_path, digits_dir, "--data", folder, "--size", "32"),
+             "shape [1, 28]", "has [3, 32]")
+
+
+def test_a_broken_generator_file_is_named(tmp_path, digits_dir, capsys):
+    for broken in (b"no torch file", None):
+        if broken:
+            (tmp_path / "generator.pt").write_bytes(broken)
+        else:
+            common.save({"G": 1}, tmp_path / "generator.pt")
+        one_line(capsys, lambda: run(tmp_path, digits_dir), "generator.pt", "move it away")
+
+
+def test_options_change_what_they_should(tmp_path, digits_dir, capsys):
+    run(tmp_path / "plain", digits_dir)
+    plain = tables(capsys)
+    for flags in (["--starts", "3"], ["--invert-steps", "4"], ["--invert-lr", "0.01"],
+                  ["--batch", "9"], ["--encoder-steps", "3"], ["--z-dim", "8"]):
+        run(tmp_path / "".join(flags), digits_dir, *flags)
+        assert tables(capsys) != plain, flags
+
+
+def test_the_generator_stays_as_it_is_while_the_encoder_learns(tmp_path, digits_dir):
+    """Not even the statistics of its batch norms move: the samples are the same."""
+    one, many = (run(tmp_path / n, digits_dir, "--encoder-steps", n)["samples.pt"] for n in "19")
+    assert torch.equal(one, many)
+
+
+def test_a_small_folder_without_labels_is_enough(tmp_path, digits_dir, capsys):
+    folder = folder_of_pictures(tmp_path / "p", 20, 32)
+    run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")
+    assert "class" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--starts", "0"], ["--starts", "0"]), (["--invert-lr", "0"], ["--invert-lr"]),
+    (["--batch", "1"], ["--batch 2 or more"]), (["--z-dim", "-3"], ["--z-dim", "-3"])])
+def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
+    one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
+
+
+def test_sides_that_the_generator_cannot_draw_are_refused(tmp_path, digits_dir, capsys):
+    folder = folder_of_pictures(tmp_path / "p", 20, 30)
+    one_line(capsys, lambda: run(tmp_path / "o", digits_dir, "--data", folder, "--size", "30"),
+             "--size 28")
+
+
+def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
+    monkeypatch.setattr(inversion, "encoder_loss", lambda E, G, x, z: E(x).sum() * math.nan)
+    one_line(capsys, lambda: run(tmp_path, digits_dir), "loss_e is nan at step 6", status=1)
+    assert not (tmp_path / "generator.pt").exists()
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 5
+
+
+@settings(max_examples=5)
+@given(st.integers(1, 40))
+def test_figures_take_any_number_of_pictures(n):
+    x = torch.arange(float(n))[:, None, None, None].expand(n, 1, 4, 4) / n
+    assert inversion.first(x, 32).shape[0] == 32
+    assert torch.equal(inversion.first(x, 32)[:min(n, 32)], x[:32])
+    ends = inversion.between(x).unflatten(0, (8, 9))[:, [0, -1]]
+    assert_close(ends.flatten(0, 1), inversion.first(x, 16))

@@ -1,0 +1,434 @@
+"""Chapter 05: restoration against ridge regression, masks of the stated shape, hidden is hidden."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+
+import common
+from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from strategies import generator, normal, seeds
+
+restoration = importlib.import_module("05_restoration")
+counts, starts, sides = st.integers(1, 4), st.integers(1, 3), st.sampled_from([28, 32, 64])
+
+
+def small_generator(seed, d=3):
+    """A smooth net z [B, d] -> [B, 1, 4, 4]."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(d, 20), nn.Tanh(), nn.Linear(20, 16),
+                         nn.Unflatten(1, (1, 4, 4)), nn.Tanh()).double().eval()
+
+
+def random_mask(seed, n, side):
+    """About half of the pixels seen, and never none."""
+    mask = torch.rand(n, 1, side, side, generator=generator(seed)).round().double()
+    mask[:, :, 0, 0] = 1
+    return mask
+
+
+# --- restoration -------------------------------------------------------------------------------
+
+def hidden_pixels_do_not_matter(restore, seed, n, r):
+    """Whatever y holds where the mask is 0: the same z, to the last bit."""
+    G, y, mask = small_generator(seed), normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
+    other = torch.where(mask == 1, y, 10 * normal(seed + 1, n, 1, 4, 4))
+    z0 = normal(seed + 2, n, r, 3)
+    found, again = (restore(G, target, mask, z0, 5, 0.1, 0.03) for target in (y, other))
+    assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+
+
+@given(seeds(), counts, starts)
+def test_hidden_pixels_do_not_matter_at_all(seed, n, r):
+    hidden_pixels_do_not_matter(restoration.restore, seed, n, r)
+
+
+def test_blind_restoration_sees_what_should_be_hidden():
+    def blind(G, y, mask, *rest):
+        return restoration.restore(G, y, torch.ones_like(mask), *rest)
+    assert rejected(hidden_pixels_do_not_matter, blind, 0, 2, 2)
+
+
+def linear_restoration_is_ridge_regression(restore, seed, lam):
+    """G(z) = A z: the minimum is z = (Aᵀ M A + λ I)⁻¹ Aᵀ M y, whatever the starts."""
+    A, _ = torch.linalg.qr(normal(seed, 9, 3))
+    G = nn.Sequential(nn.Linear(3, 9, bias=False), nn.Unflatten(1, (1, 3, 3))).double().eval()
+    G[0].weight.data = A
+    y, mask = normal(seed + 1, 2, 1, 3, 3), random_mask(seed, 2, 3)
+    z, objectives = restore(G, y, mask, normal(seed + 2, 2, 2, 3), 500, 0.1, lam)
+    for i in range(2):
+        AM = A.T * mask[i].flatten()
+        system = AM @ A + lam * torch.eye(3, dtype=torch.float64)
+        expected = torch.linalg.solve(system, AM @ y[i].flatten())
+        lowest = (mask[i].flatten() * (A @ expected - y[i].flatten()) ** 2).sum() \
+            + lam * (expected ** 2).sum()
+        # what Adam's last small steps leave; z itself is loose where few pixels were seen
+        assert_close(objectives[i], lowest.expand(2), rtol=0.01, atol=0.002)
+        assert_close(system @ z[i], AM @ y[i].flatten(), rtol=0, atol=0.05)
+
+
+@settings(max_examples=6)
+@given(seeds(), st.sampled_from([0.1, 0.5, 2.0]))
+def test_with_a_linear_generator_it_is_ridge_regression(seed, lam):
+    linear_restoration_is_ridge_regression(restoration.restore, seed, lam)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda G, y, m, z0, k, lr, lam: restoration.restore(G, y, m, z0, k, lr, 0.0),
+    lambda G, y, m, z0, k, lr, lam: restoration.restore(G, y, m, z0, k, lr, lam / 9),
+    lambda G, y, m, z0, k, lr, lam: restoration.restore(G, m * y, 0 * m + 1, z0, k, lr, lam)],
+    ids=["no prior", "mean for sum", "blind"])
+def test_wrong_restorations_are_found_out(twin):
+    assert rejected(linear_restoration_is_ridge_regression, twin, 0, 2.0)
+
+
+@given(seeds(), counts, starts)
+def test_the_best_start_is_kept_for_each_picture_and_rows_leave_each_other_alone(seed, n, r):
+    G, y, mask = small_generator(seed), normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
+    z0 = normal(seed + 2, n, r, 3)
+    z, objectives = restoration.restore(G, y, mask, z0, 5, 0.1, 0.2)
+    for i in range(n):
+        alone = [restoration.restore(G, y[i:i + 1], mask[i:i + 1], z0[i:i + 1, j:j + 1], 5, 0.1,
+                                     0.2) for j in range(r)]
+        assert_close(objectives[i], torch.stack([o[0, 0] for _, o in alone]), rtol=1e-7, atol=1e-9)
+        best = min(alone, key=lambda found: found[1].item())[0][0]
+        assert_close(z[i], best, rtol=1e-6, atol=1e-8)
+        own = (mask[i] * (G(z[i:i + 1])[0] - y[i]) ** 2).sum() + 0.2 * (z[i] ** 2).sum()
+        assert own.item() == pytest.approx(objectives[i].min().item(), rel=1e-9)
+
+
+def test_a_generator_in_training_mode_is_refused():
+    y = torch.zeros(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="eval"):
+        restoration.restore(small_generator(0).train(), y, y, torch.zeros(2, 1, 3), 1, 0.1, 0)
+
+
+@given(seeds(), counts, starts)
+def test_starts_are_the_best_of_the_pool(seed, n, r):
+    G, z = small_generator(seed), normal(seed + 3, 7, 3)
+    y, mask = normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
+    found = restoration.nearest_starts((z, G(z).detach()), y, mask, 0.1, r)
+    for i in range(n):
+        objective = [(mask[i] * (G(one[None])[0] - y[i]) ** 2).sum().item()
+                     + 0.1 * (one ** 2).sum().item() for one in z]
+        order = sorted(range(7), key=objective.__getitem__)[:r]
+        assert torch.equal(found[i], z[order])
+
+
+# --- masks, psnr, baseline ---------------------------------------------------------------------
+
+@given(seeds(), counts, sides)
+def test_pepper_hides_three_pixels_of_ten_exactly(seed, n, side):
+    mask = restoration.pepper(n, side, generator(seed))
+    assert mask.shape == (n, 1, side, side) and set(mask.unique().tolist()) == {0.0, 1.0}
+    assert ((mask == 0).flatten(1).sum(dim=1) == round(0.3 * side ** 2)).all()
+    other = restoration.pepper(n, side, generator(seed + 1))
+    assert not torch.equal(mask, other)
+
+
+@given(seeds(), counts, sides)
+def test_crosswalk_hides_every_second_row(seed, n, side):
+    mask = restoration.crosswalk(n, side, generator(seed))
+    assert mask.shape == (n, 1, side, side)
+    for row in range(side):
+        assert (mask[:, :, row] == (row + 1) % 2).all()
+
+
+@given(seeds(), counts, sides)
+def test_the_square_is_a_square(seed, n, side):
+    mask, width = restoration.square(n, side, generator(seed)), round(side * 2 / 7)
+    assert mask.shape == (n, 1, side, side) and (side != 28 or width == 8)
+    for one in mask[:, 0]:
+        rows, columns = (one == 0).any(dim=1).nonzero(), (one == 0).any(dim=0).nonzero()
+        assert len(rows) == len(columns) == width
+        assert rows.max() - rows.min() == columns.max() - columns.min() == width - 1
+        assert (one == 0).sum() == width ** 2
+
+
+def test_the_square_reaches_every_corner():
+    mask = restoration.square(4000, 28, generator(0))  # 21² places: one is missed with p 5e-5
+    for i in (0, -1):
+        for j in (0, -1):
+            assert (mask[:, 0, i, j] == 0).any()
+
+
+@given(seeds(), counts, sides, st.integers(1, 3))
+def test_holes_are_discs_inside_the_picture(seed, n, side, count):
+    """Each disc holds about π r² pixels; `count` of them at most that many times as many."""
+    mask = restoration.holes(n, side, generator(seed), count)
+    assert mask.shape == (n, 1, side, side)
+    disc, rim = math.pi * (side / 8) ** 2, 2 * math.pi * side / 8 * 1.5
+    hidden = (mask == 0).flatten(1).sum(dim=1)
+    assert (hidden >= disc - rim).all() and (hidden <= count * (disc + rim)).all()
+    if count == 1:
+        for one in mask[:, 0] == 0:
+            rows, columns = one.nonzero().T
+            assert max(rows.max() - rows.min(), columns.max() - columns.min()) <= side / 4
+
+
+def test_three_holes_hide_more_than_one():
+    few, many = (restoration.holes(200, 28, generator(0), k).mean() for k in (1, 3))
+    assert 1 - many > 2 * (1 - few)
+
+
+@given(seeds(), counts)
+def test_psnr_by_its_definition(seed, n):
+    a, b, where = normal(seed, n, 3, 5, 5), normal(seed + 1, n, 3, 5, 5), random_mask(seed, n, 5)
+    squares = [(a[i, c, h, w] - b[i, c, h, w]).item() ** 2 for i in range(n) for c in range(3)
+               for h in range(5) for w in range(5) if where[i, 0, h, w]]
+    expected = 20 * math.log10(2 / math.sqrt(sum(squares) / len(squares)))
+    assert restoration.psnr(a, b, where) == pytest.approx(expected)
+
+
+@given(seeds(), st.integers(1, 6))
+def test_wins_are_counted_picture_by_picture(seed, n):
+    a, b, x = normal(seed, 3 * n, 2, 4, 4).split(n)
+    where = random_mask(seed, n, 4)
+    error = [[sum((c[i, k, h, w] - x[i, k, h, w]).item() ** 2 for k in range(2) for h in range(4)
+                  for w in range(4) if where[i, 0, h, w]) for i in range(n)] for c in (a, b)]
+    expected = sum(p < q for p, q in zip(*error)) / n
+    assert restoration.share_of_wins(a, b, x, where) == pytest.approx(expected)
+    assert restoration.share_of_wins(a, a, x, where) == 0
+
+
+def neighbours_are_averaged(fill, seed, n):
+    """Against loops over pixels, ring by ring."""
+    y, mask = normal(seed, n, 2, 6, 6), random_mask(seed, n, 6)
+    mask[:, :, 1:5, 2:6] = 0  # a hole of more than one ring
+    found = fill(y, mask)
+    for i in range(n):
+        value = {(h, w): y[i, :, h, w] for h in range(6) for w in range(6) if mask[i, 0, h, w]}
+        while len(value) < 36:
+            ring = {}
+            for h in range(6):
+                for w in range(6):
+                    near = [value[h + p, w + q] for p in (-1, 0, 1) for q in (-1, 0, 1)
+                            if (h + p, w + q) in value]
+                    if (h, w) not in value and near:
+                        ring[h, w] = sum(near) / len(near)
+            value |= ring
+        expected = torch.stack([value[h, w] for h in range(6) for w in range(6)], dim=1)
+        assert_close(found[i].flatten(1), expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=10)
+@given(seeds(), st.integers(1, 2))
+def test_neighbours_are_averaged_ring_by_ring(seed, n):
+    neighbours_are_averaged(restoration.neighbours, seed, n)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda y, m: restoration.neighbours(torch.where(m == 1, y, -1.0), torch.ones_like(m)),
+    lambda y, m: m * y,
+    lambda y, m: restoration.F.avg_pool2d(y, 3, 1, 1)], ids=["damage kept", "black", "blur"])
+def test_wrong_baselines_are_found_out(twin):
+    assert rejected(neighbours_are_averaged, twin, 0, 1)
+
+
+def test_a_picture_of_which_nothing_was_seen_has_no_neighbours():
+    with pytest.raises(ValueError, match="nothing was seen"):
+        restoration.neighbours(torch.ones(2, 1, 4, 4), torch.tensor([1.0, 0]).view(2, 1, 1, 1)
+                               .expand(2, 1, 4, 4))
+
+
+# --- a picture of one's own --------------------------------------------------------------------
+
+def photo(path, light=False, size=(120, 90), at=(40, 20), stroke=6):
+    """A 1 with a foot, dark on grey paper or light on dark, somewhere in a picture."""
+    ground, ink = (30, 220) if light else (190, 40)
+    picture = torch.full((size[1], size[0]), ground, dtype=torch.uint8)
+    x, y = at
+    picture[y:y + 40, x + 10:x + 10 + stroke] = ink
+    picture[y + 40 - stroke:y + 40, x:x + 26] = ink
+    Image.fromarray(picture.numpy()).save(path)
+    return path
+
+
+def own(image, mask=None):
+    args = restoration.parse_args(["--image", str(image), *(["--mask", str(mask)] if mask else [])])
+    return restoration.own_picture(args, 1, 28)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 80), st.integers(0, 45), st.booleans())
+def test_a_photo_is_brought_into_the_form_of_mnist(tmp_path_factory, x, y, light):
+    """Light on dark, 20 pixels high, centred on its mass, wherever it was, dark or light."""
+    folder = tmp_path_factory.mktemp("photos")
+    found, mask = own(photo(folder / "a.png", light, at=(x, y)))
+    reference, _ = own(photo(folder / "b.png"))
+    assert found.shape == mask.shape == (1, 1, 28, 28) and mask.all()
+    assert_close(found, reference, rtol=0, atol=0.35)  # where the pixels of the photo fall
+    ink = (found[0, 0] + 1) / 2
+    rows = (ink > 0.5).any(dim=1).nonzero()[:, 0]
+    assert 19 <= rows.max() - rows.min() + 1 <= 21
+    for d in (0, 1):
+        middle = (ink.sum(dim=1 - d) * torch.arange(28)).sum() / ink.sum()
+        assert abs(middle.item() - 13.5) < 1
+
+
+def scribble(path, size, box):
+    mask = torch.zeros(size[1], size[0], dtype=torch.uint8)
+    mask[box[1]:box[3], box[0]:box[2]] = 255
+    Image.fromarray(mask.numpy()).save(path)
+    return path
+
+
+def test_what_lies_under_the_mask_decides_nothing(tmp_path):
+    """A blot of ink far off, covered by the mask, leaves the picture as it was."""
+    clean = photo(tmp_path / "a.png")
+    spoilt = torch.from_numpy(np.array(Image.open(clean)))
+    spoilt[5:15, 100:118] = 0
+    Image.fromarray(spoilt.numpy()).save(tmp_path / "b.png")
+    mask = scribble(tmp_path / "m.png", (120, 90), (98, 0, 120, 20))
+    (a, mask_a), (b, mask_b) = own(clean, mask), own(tmp_path / "b.png", mask)
+    assert torch.equal(a, b) and torch.equal(mask_a, mask_b)
+    assert not torch.allclose(own(tmp_path / "b.png")[0], a)
+
+
+def test_a_mask_is_moved_with_its_picture(tmp_path):
+    """The upper half of the stroke covered: the mask hides about ten rows of the twenty."""
+    _, mask = own(photo(tmp_path / "a.png"),
+                  scribble(tmp_path / "m.png", (120, 90), (48, 40, 58, 54)))
+    rows = (mask[0, 0] == 0).any(dim=1).nonzero()[:, 0]
+    assert 6 <= len(rows) <= 10 and (mask[0, 0] == 0).sum() < 70
+
+
+def test_a_colour_picture_is_cut_to_its_middle(tmp_path):
+    Image.new("RGB", (90, 60), (200, 10, 10)).save(tmp_path / "a.png")
+    args = restoration.parse_args(["--image", str(tmp_path / "a.png")])
+    x, mask = restoration.own_picture(args, 3, 32)
+    assert x.shape == (1, 3, 32, 32) and mask.shape == (1, 1, 32, 32)
+    assert_close(x[0, :, 5, 5], 2 * torch.tensor([200, 10, 10]) / 255 - 1, rtol=0, atol=0.01)
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch, no_figures):
+    for name, value in (("N_SAMPLES", 100), ("N_POOL", 20), ("N_TEST", 4), ("N_NOISE", 2),
+                        ("CHUNK", 4)):
+        monkeypatch.setattr(restoration, name, value)
+
+
+def run(out, digits_dir, *flags):
+    restoration.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "5", "--batch",
+                      "8", "--restore-steps", "3", "--out", str(out), *flags])
+    return results(out)
+
+
+def tables(capsys):
+    """The numbers printed after the training, without the speeds."""
+    lines = capsys.readouterr().out.split("test pictures")[-1].splitlines()
+    return [line.split() for line in lines if "s left" not in line and "wrote" not in line]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, digits_dir, capsys):
+    straight = run(tmp_path / "straight", digits_dir)
+    table = tables(capsys)
+    assert sorted(straight) == ["log.csv", "samples.pt"]
+    with killed_after(3):
+        run(tmp_path / "killed", digits_dir, "--resume")
+    assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
+    assert tables(capsys) == table
+
+
+def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, capsys,
+                                                               monkeypatch):
+    fresh = run(tmp_path / "a", digits_dir)
+    table = tables(capsys)
+    monkeypatch.setattr(restoration, "train", lambda *args: pytest.fail("trained again"))
+    assert same(run(tmp_path / "a", digits_dir), fresh) and tables(capsys) == table
+    asked = run(tmp_path / "b", digits_dir, "--generator", str(tmp_path / "a/generator.pt"))
+    assert same(asked, fresh) and tables(capsys) == table
+
+
+def test_the_generator_of_chapter_04_fits(tmp_path, digits_dir, monkeypatch):
+    inversion = importlib.import_module("04_inversion")
+    for name, value in (("N_SAMPLES", 100), ("N_SELF", 2), ("N_TEST", 2)):
+        monkeypatch.setattr(inversion, name, value)
+    inversion.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "5", "--batch",
+                    "8", "--encoder-steps", "2", "--invert-steps", "2", "--out",
+                    str(tmp_path / "04")])
+    asked = run(tmp_path / "05", digits_dir, "--generator", str(tmp_path / "04/generator.pt"))
+    assert torch.equal(asked["samples.pt"], torch.load(tmp_path / "04/samples.pt"))
+
+
+def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
+    run(tmp_path, digits_dir)
+    asked = ["--generator", str(tmp_path / "generator.pt")]
+    folder = ["--data", folder_of_pictures(tmp_path / "p", 20, 32), "--size", "32"]
+    (tmp_path / "broken.pt").write_bytes(b"no torch file")
+    for flags, words in (
+            (["--steps", "6"], ["steps 5", "has 6"]), (["--seed", "2"], ["seed 0", "has 2"]),
+            (folder, ["shape [1, 28]", "has [3, 32]"]),
+            ([*asked, *folder], ["shape [1, 28]", "has [3, 32]"]),
+            ([*asked, "--z-dim", "9"], ["z_dim 64", "has 9"]),
+            (["--generator", str(tmp_path / "none.pt")], ["none.pt", "holds no generator"]),
+            (["--generator", str(tmp_path / "broken.pt")], ["broken.pt", "holds no generator"])):
+        capsys.readouterr()
+        one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
+
+
+def test_options_change_what_they_should(tmp_path, digits_dir, capsys, monkeypatch):
+    run(tmp_path, digits_dir)
+    plain = tables(capsys)
+    for flags in (["--restore-steps", "4"], ["--restore-lr", "0.01"], ["--lam", "9"]):
+        run(tmp_path, digits_dir, *flags)
+        assert tables(capsys) != plain, flags
+    seen, restore = [], restoration.restore
+    monkeypatch.setattr(restoration, "restore", lambda *a: seen.append(a[3].shape) or restore(*a))
+    run(tmp_path, digits_dir, "--starts", "3")
+    assert {shape[1] for shape in seen} == {3}
+
+
+def test_ones_own_mask_and_picture(tmp_path, digits_dir, capsys):
+    mask = scribble(tmp_path / "m.png", (28, 28), (10, 10, 15, 18))
+    run(tmp_path, digits_dir, "--mask", str(mask))
+    rows = tables(capsys)
+    assert [row[0] for row in rows[-4:]] == ["psnr", "mask", "psnr", "mask"]
+    assert rows[-1][1] == f"{40 / 784:.3f}"
+    image = photo(tmp_path / "a.png")
+    mask = scribble(tmp_path / "n.png", (120, 90), (48, 40, 58, 54))
+    drawn = []
+    save = common.save_panels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_panels", lambda path, rows, *rest: drawn.append(
+            (path.name, [title for title, _ in rows[0][1]])) or save(path, rows, *rest))
+        run(tmp_path, digits_dir, "--image", str(image), "--mask", str(mask))
+    assert drawn == [("own.png", ["as G sees it", "hidden", "neighbours", "blind", "known mask"])]
+
+
+def test_bad_pictures_and_masks_get_one_line(tmp_path, digits_dir, capsys):
+    image, small = photo(tmp_path / "a.png"), photo(tmp_path / "b.png", size=(60, 70), at=(3, 3))
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (50, 50), 100).save(tmp_path / "grey.png")
+    black = scribble(tmp_path / "black.png", (120, 90), (0, 0, 0, 0))
+    white = scribble(tmp_path / "white.png", (120, 90), (0, 0, 120, 90))
+    for flags, words in (
+            (["--image", image, "--mask", small], ["60x70", "120x90"]),
+            (["--mask", small], ["60x70", "28x28"]),
+            (["--image", tmp_path / "text.png"], ["text.png cannot be read"]),
+            (["--mask", tmp_path / "none.png"], ["none.png cannot be read"]),
+            (["--image", tmp_path / "grey.png"], ["one colour"]),
+            (["--image", image, "--mask", black], ["hides nothing"]),
+            (["--image", image, "--mask", white], ["hides everything"])):
+        one_line(capsys, lambda: run(tmp_path / "o", digits_dir, *map(str, flags)), *words)
+    assert not (tmp_path / "o/checkpoint.pt").exists()  # refused before the training
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--starts", "0"], ["--starts", "0"]), (["--starts", "21"], ["--starts 21"]),
+    (["--lam", "-1"], ["--lam", "-1"]), (["--batch", "1"], ["--batch 2 or more"])])
+def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
+    one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
+
+
+def test_a_folder_of_colour_pictures_is_enough(tmp_path, digits_dir):
+    folder = folder_of_pictures(tmp_path / "p", 20, 32)
+    run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")
