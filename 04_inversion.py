@@ -8,15 +8,12 @@ Idea     z* = argmin_z ‖G(z) - x‖² from R starts, the best start kept for e
          Hybrid: the only start is E(x), with as many steps as all the random starts together.
 See      inversion.png: targets above what was found; starts.png: the error of every start;
          worst.png: what G cannot draw; between.png: from one test picture to another; samples.pt,
-         log.csv, and generator.pt, which the next run takes instead of training. Printed: mean
-         squared error in [-1, 1] units, PSNR, share found again (error below 0.001), norm of z.
-         Measured on MNIST, 240 steps for each picture: of 200 pictures of G the hybrid finds 198,
-         three random starts of 80 steps 1. Not quite the same z, though (error 0.32; 2 would be
-         chance): G draws nearly the same from many. 500 test digits: error 0.052 from random starts
-         (20.3 dB), 0.058 by the encoder (19.3 dB), 0.0074 by the hybrid (29.0 dB), from 0.001 for
-         a 1 to 0.012 for an 8. So most of what random starts leave is not G's fault: the search got
-         stuck. The hybrid's z is longer (9.5) than draws of N(0, I) are (8.0): G is made to draw
-         what it hardly ever would.
+         log.csv, and generator.pt, which the next run takes instead of training.
+         On MNIST, 240 steps for each picture, mean squared errors: of 200 pictures of G the hybrid
+         finds 198 again, three random starts of 80 steps 1. 500 test digits: 0.052 from random
+         starts, 0.058 by the encoder, 0.0074 by the hybrid (0.001 for a 1, 0.012 for an 8). So most
+         of what random starts leave is not G's fault: the search got stuck. The hybrid's z is longer
+         (9.5) than draws of N(0, I) are (8.0): G is made to draw what it hardly ever would.
 Time     4 min on 2 CPU cores, 1.8 min with the kept generator.
 Differs  Adam with beta2 = 0.9 for z; the generator is the nonsaturating one of chapter 02.
 Run      python 04_inversion.py
@@ -29,11 +26,12 @@ import time
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.utils import draw_bounding_boxes
 
 import common
 
 LR, LR_E, ADAM_BETAS = 4e-3, 4e-3, (0.0, 0.999)  # rates of G and D, and of E; betas of G and D
-Z_BETAS = (0.9, 0.9)             # of z: with 0.999 for 0.9 it takes more than twice the steps
+Z_BETAS = (0.9, 0.9)             # of z: (0.9, 0.999) takes more than twice the steps
 FOUND = 0.001                    # mean squared error below which a picture counts as found again
 N_SELF, N_TEST = 200, 500        # pictures of G, and of the test set, that are inverted
 N_SAMPLES = 10_000               # pictures in samples.pt
@@ -230,14 +228,15 @@ def train(args, images, device, saved):
             if pressed():
                 common.stop(step)
 
-    return {"shape": [c, side], "settings": trained_with(args, images), "log": log,
-            "G": G.state_dict(), "E": E.state_dict()}
+    return {"settings": trained_with(args, images), "log": log, "G": G.state_dict(),
+            "E": E.state_dict()}
 
 
 def trained_with(args, images):
     """What decided the weights in generator.pt, as text."""
-    names = ("size", "seed", "z_dim", "steps", "encoder_steps", "batch")
-    return {"data": images.name} | {name: str(getattr(args, name)) for name in names}
+    names = ("seed", "z_dim", "steps", "encoder_steps", "batch")
+    return {"shape": str(list(images.x.shape[1:])), "data": images.name} \
+        | {name: str(getattr(args, name)) for name in names}
 
 
 # --- invert ------------------------------------------------------------------------------------
@@ -257,27 +256,22 @@ def optimise(G, x, z0, steps, lr, label):
 
 
 def invert_all(args, G, E, x, z_true, y, label):
-    """x by three methods: for each z, its picture, its errors, the starts' errors, the seconds.
+    """x by three methods: for each z, its picture, the errors of all starts, numbers, seconds.
 
-    hybrid: one start, from the encoder, with the steps of all the random starts: equal time.
+    hybrid: one start, from the encoder, with as many steps as all the random starts together.
     """
     torch.manual_seed(args.seed)
-    random = torch.randn(len(x), args.starts, args.z_dim).to(x.device)
-    with torch.no_grad():
-        z_e = torch.cat([E(part) for part in x.split(CHUNK)])
-    steps, lr = args.invert_steps, args.invert_lr
+    z_random = torch.randn(len(x), args.starts, args.z_dim).to(x.device)
+    z_encoder = torch.cat([E(part) for part in x.split(CHUNK)])[:, None]
     results = {}
-    for method, run in {
-            "optimisation": lambda: optimise(G, x, random, steps, lr, f"{label}, optimised"),
-            "encoder": lambda: (z_e, None),
-            "hybrid": lambda: optimise(G, x, z_e[:, None], args.starts * steps, lr,
-                                       f"{label}, hybrid")}.items():
+    for method, z0, steps in (("optimisation", z_random, args.invert_steps),
+                              ("encoder", z_encoder, 0),
+                              ("hybrid", z_encoder, args.starts * args.invert_steps)):
         began = time.monotonic()
-        z, errors = run()
-        with torch.no_grad():
-            x_rec = torch.cat([G(part) for part in z.split(CHUNK)])
-        results[method] = {"z": z, "x_rec": x_rec, "errors": errors, **report(x, x_rec, z, z_true, y),
-                           "seconds": time.monotonic() - began}
+        z, errors = optimise(G, x, z0, steps, args.invert_lr, f"{label}, {method}")
+        x_rec = torch.cat([G(part) for part in z.split(CHUNK)])
+        results[method] = {"z": z, "x_rec": x_rec, "errors": errors,
+                           **report(x, x_rec, z, z_true, y), "seconds": time.monotonic() - began}
     return results
 
 
@@ -296,13 +290,9 @@ def above(x, x_rec):
 
 def framed(x, top, left, width):
     """x uint8 [N, C, H, W] in colour, with a red frame around the window of each picture."""
-    x = x.expand(-1, 3, -1, -1).clone()
-    red = torch.tensor([255, 60, 60], dtype=torch.uint8, device=x.device)[:, None]
-    for picture, i, j in zip(x, top.tolist(), left.tolist()):
-        window = picture[:, i:i + width, j:j + width]
-        window[:, [0, -1], :] = red[:, :, None].expand(-1, 2, width)
-        window[:, :, [0, -1]] = red[:, :, None].expand(-1, width, 2)
-    return x
+    boxes = torch.stack([left, top, left + width - 1, top + width - 1], dim=1)[:, None].cpu()
+    return torch.stack([draw_bounding_boxes(picture, box, colors="red")
+                        for picture, box in zip(x.cpu(), boxes)])
 
 
 def figures(args, name, G, x, y, results, samples):
@@ -317,9 +307,8 @@ def figures(args, name, G, x, y, results, samples):
         for method, run in methods.items()]) for label, methods in results.items()],
         f"{title}: targets above what was found")
 
-    errors = {method: results["test"][method]["errors"] for method in ("optimisation", "hybrid")}
     common.save_panels(args.out / "starts.png", [
-        ("", [(f"target {i}", lambda ax, i=i: draw_starts(ax, errors, i))
+        ("", [(f"target {i}", lambda ax, i=i: draw_starts(ax, results["test"], i))
               for i in range(min(5, len(x["test"])))])],
         "error of every start against the step: random (blue), the encoder's (red)")
 
@@ -346,11 +335,11 @@ def between(v):
     return torch.cat([(1 - a) * one + a * other for one, other in ends])
 
 
-def draw_starts(ax, errors, i):
-    """Error of each start of target i against the step, for both methods, on a log axis."""
-    for curve in errors["optimisation"][i].cpu():
-        ax.semilogy(curve.numpy(), "C0", linewidth=0.8)
-    ax.semilogy(errors["hybrid"][i, 0].cpu().numpy(), "C3", linewidth=1.2)
+def draw_starts(ax, methods, i):
+    """Error of each start of target i against the step, for both searches, on a log axis."""
+    for method, colour in (("optimisation", "C0"), ("hybrid", "C3")):
+        for curve in methods[method]["errors"][i].cpu():
+            ax.semilogy(curve.numpy(), colour, linewidth=1)
     ax.set_xlabel("step")
 
 
@@ -408,29 +397,6 @@ def check(args, images):
         common.fail("batch norm needs more than one picture: use --batch 2 or more")
 
 
-def load_kept(args, images):
-    """generator.pt of a run before; None if there is none. Ends the run if it does not fit."""
-    path = kept_path(args)
-    if not path.exists():
-        return None
-    try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {"shape": list(kept["shape"]), **kept["settings"]}
-        kept["G"], kept["E"], kept["log"]
-    except Exception:  # whatever is wrong with the file, the answer is the same
-        common.fail(f"{common.relative(path)} holds no generator and encoder: move it away")
-    for name, ours in {"shape": list(images.x.shape[1:3]), **trained_with(args, images)}.items():
-        if theirs.get(name) != ours:
-            common.fail(f"{common.relative(path)} was trained with {name} {theirs.get(name)}, this "
-                        f"run has {ours}: use the same flags, or another --out")
-    print(f"using the generator and encoder kept in {common.relative(path)}")
-    return kept
-
-
-def kept_path(args):
-    return args.out / ("generator_quick.pt" if args.quick else "generator.pt")
-
-
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
@@ -438,10 +404,12 @@ def main(argv=None):
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     check(args, images)
-    kept = load_kept(args, images)
-    if kept is None:
+    path = common.kept_path(args)
+    if path.exists():
+        kept = common.load_kept(path, ("G", "E", "log"), trained_with(args, images))
+    else:
         kept = train(args, images, device, saved)
-        common.save(kept, kept_path(args))
+        common.save(kept, path)
     c, side = images.x.shape[1:3]
     G, E = generator(args.z_dim, c, side), encoder(args.z_dim, c, side)
     for net, name in ((G, "G"), (E, "E")):

@@ -599,6 +599,31 @@ def restore(saved, parts):
         torch.get_device_module().set_rng_state(saved["random_gpu"])
 
 
+def kept_path(args):
+    """Where a chapter keeps the networks it has trained; those of --quick lie apart."""
+    return args.out / ("generator_quick.pt" if args.quick else "generator.pt")
+
+
+def load_kept(path, needed, expected):
+    """What train() of a run before returned, kept in `path`: a dict with the keys `needed`.
+
+    expected: settings as text, by name; ends the run if one was another, or the file is no such.
+    """
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = kept["settings"]
+        for key in needed:
+            kept[key]
+    except Exception:  # whatever is wrong with the file, the answer is the same
+        fail(f"{relative(path)} holds no generator that fits ({', '.join(needed)}): move it away")
+    for name, value in expected.items():
+        if theirs.get(name) != value:
+            fail(f"{relative(path)} was trained with {name} {theirs.get(name)}, this run has "
+                 f"{value}: use the same flags, or another --out")
+    print(f"using what {relative(path)} has kept")
+    return kept
+
+
 def stop(step):
     """Ends the run after Ctrl-C, once the checkpoint is written."""
     fail(f"stopped at step {step}; --resume goes on from here", status=130)

@@ -112,6 +112,12 @@ def test_neither_the_generator_nor_the_starts_are_changed(seed):
     assert torch.equal(z0, starts_before) and not z.requires_grad
 
 
+def test_no_steps_leave_the_start_as_it_is():
+    G, x, z0 = small_generator(0), normal(1, 2, 1, 4, 4), normal(2, 2, 1, 3)
+    z, errors = inversion.invert(G, x, z0, 0, 0.1)
+    assert torch.equal(z, z0[:, 0]) and errors.shape == (2, 1, 1)
+
+
 def test_a_generator_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="eval"):
         inversion.invert(small_generator(0).train(), torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 3),
@@ -260,7 +266,7 @@ def test_a_generator_of_other_shapes_is_refused(tmp_path, digits_dir, capsys):
     capsys.readouterr()
     folder = folder_of_pictures(tmp_path / "p", 20, 32)
     one_line(capsys, lambda: run(tmp_path, digits_dir, "--data", folder, "--size", "32"),
-             "shape [1, 28]", "has [3, 32]")
+             "shape [1, 28, 28]", "has [3, 32, 32]")
 
 
 def test_a_broken_generator_file_is_named(tmp_path, digits_dir, capsys):
