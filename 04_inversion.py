@@ -404,7 +404,7 @@ def main(argv=None):
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     check(args, images)
-    path = common.kept_path(args)
+    path = common.kept_path(args, "generator")
     if path.exists():
         kept = common.load_kept(path, ("G", "E", "log"), trained_with(args, images))
     else:

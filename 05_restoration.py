@@ -454,7 +454,7 @@ def main(argv=None):
     if args.mask and not args.image:
         mask = read_mask(args.mask, side, side)
         masks = {"mask": lambda n, side, rng: mask[None].expand(n, 1, side, side)}
-    path, expected = args.generator or common.kept_path(args), trained_with(args, images)
+    path, expected = args.generator or common.kept_path(args, "generator"), trained_with(args, images)
     if args.generator:  # it may have been trained in any way, and on any data
         expected = {name: expected[name] for name in ("shape", "z_dim")}
     if args.generator or path.exists():

@@ -599,13 +599,13 @@ def restore(saved, parts):
         torch.get_device_module().set_rng_state(saved["random_gpu"])
 
 
-def kept_path(args):
-    """Where a chapter keeps the networks it has trained; those of --quick lie apart."""
-    return args.out / ("generator_quick.pt" if args.quick else "generator.pt")
+def kept_path(args, name):
+    """Where a chapter keeps a network it has trained; those of --quick lie apart."""
+    return args.out / (f"{name}_quick.pt" if args.quick else f"{name}.pt")
 
 
 def load_kept(path, needed, expected):
-    """What train() of a run before returned, kept in `path`: a dict with the keys `needed`.
+    """What a run before has kept in `path`: a dict with "settings" and the keys `needed`.
 
     expected: settings as text, by name; ends the run if one was another, or the file is no such.
     """
@@ -615,7 +615,7 @@ def load_kept(path, needed, expected):
         for key in needed:
             kept[key]
     except Exception:  # whatever is wrong with the file, the answer is the same
-        fail(f"{relative(path)} holds no generator that fits ({', '.join(needed)}): move it away")
+        fail(f"{relative(path)} does not hold {', '.join(needed)}: move it away")
     for name, value in expected.items():
         if theirs.get(name) != value:
             fail(f"{relative(path)} was trained with {name} {theirs.get(name)}, this run has "

@@ -378,8 +378,8 @@ def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
             (folder, ["shape [1, 28, 28]", "has [3, 32, 32]"]),
             ([*asked, *folder], ["shape [1, 28, 28]", "has [3, 32, 32]"]),
             ([*asked, "--z-dim", "9"], ["z_dim 64", "has 9"]),
-            (["--generator", str(tmp_path / "none.pt")], ["none.pt", "holds no generator"]),
-            (["--generator", str(tmp_path / "broken.pt")], ["broken.pt", "holds no generator"])):
+            (["--generator", str(tmp_path / "none.pt")], ["none.pt", "does not hold G, log"]),
+            (["--generator", str(tmp_path / "broken.pt")], ["broken.pt", "does not hold G, log"])):
         capsys.readouterr()
         one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
 

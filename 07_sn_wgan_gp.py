@@ -1,0 +1,619 @@
+r"""07 - Spectral norm, Wasserstein loss, gradient penalty; and how generators are scored.
+
+Papers   Arjovsky 2017, arXiv:1701.07875 (Wasserstein loss, clipping); Gulrajani 2017,
+         arXiv:1704.00028 (gradient penalty); Miyato 2018, arXiv:1802.05957 (spectral norm);
+         Salimans 2016, arXiv:1606.03498 (inception score); Heusel 2017, arXiv:1706.08500 (FID).
+Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f. Three ways to hold the slope of D:
+         clip its weights, divide each layer by its largest singular value     -> spectral_norm()
+         or charge E (‖∇D(x̂)‖ - 1)² between data and fakes                  -> gradient_penalty()
+         IS = exp E KL(p(y|x) ‖ p(y)): sure of each, of all kinds               -> inception_score()
+         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½) of features                 -> frechet_distance()
+See      TODO
+Time     TODO
+Differs  TODO
+Run      python 07_sn_wgan_gp.py
+         python 07_sn_wgan_gp.py --score out/*/samples*.pt
+"""
+
+import math
+import socket
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torchvision.models import Inception_V3_Weights, inception_v3
+
+import common
+
+ADAM_BETAS = (0.0, 0.999)
+LAMBDA = 10.0                    # weight of the gradient penalty: Gulrajani 2017
+CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
+Z = 64                           # length of z
+N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
+TREND = 0.6                      # share of the trend that stays from one score to the next
+LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, math.inf)  # of the truncated z
+
+
+# --- the idea ----------------------------------------------------------------------------------
+
+def spectral_norm(weight, u, n_iter=1):
+    """(σ, u): σ close to the largest singular value of weight [out, ...] seen as [out, rest].
+
+    n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖, u = W v / ‖W v‖, then σ = ‖Wᵀu‖ (Miyato et
+    al. 2018, alg. 1). u [out]: of length 1, from the call before: weights move little in a step, so
+    one round a step is enough to follow them. σ is never above the true value; its gradient in the
+    weight treats u and v as constants. Of a convolution it is the matrix that is normalised, as in
+    the paper: its slope may be larger, by at most √(number of outputs that a pixel takes part in).
+    """
+    matrix = weight.flatten(1)
+    with torch.no_grad():
+        for _ in range(n_iter):
+            v = F.normalize(matrix.T @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        v = F.normalize(matrix.T @ u, dim=0)
+    return u @ matrix @ v, u
+
+
+def gradient_norms(critic, x):
+    """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where the gradient is 0.
+
+    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm).
+    """
+    x = x.detach().requires_grad_()
+    grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return torch.linalg.vector_norm(grad.flatten(1), dim=1)
+
+
+def gradient_penalty(critic, x_real, x_fake, generator=None):
+    """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
+
+    One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
+    """
+    alpha = torch.rand(len(x_real), generator=generator).to(x_real)
+    alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
+    return ((gradient_norms(critic, alpha * x_real + (1 - alpha) * x_fake) - 1) ** 2).mean()
+
+
+def inception_score(probs, splits=1):
+    """exp E_x KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts of equal size.
+
+    probs [N, K]: rows of probabilities, in an order of no meaning (shuffle first). From 1 (all rows
+    equal) to K (each row sure of one class, all classes equally often). Raises ValueError if a row
+    does not sum to 1 (logits, or normalised twice), or if there are fewer rows than splits.
+    """
+    if len(probs) < splits or (probs.sum(dim=1) - 1).abs().max() > 1e-3 or probs.min() < 0:
+        raise ValueError(f"{tuple(probs.shape)} in {splits} splits: needs rows of probabilities")
+    scores = []
+    for part in probs.double().tensor_split(splits):
+        p_y = part.mean(dim=0)
+        kl = (torch.special.xlogy(part, part) - torch.special.xlogy(part, p_y)).sum(dim=1)
+        scores.append(kl.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def frechet_distance(features_a, features_b):
+    """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), features [N, d] (Heusel et al. 2017).
+
+    The squared W2 distance of two Gaussians with these means and covariances (unbiased, float64).
+    >= 0 up to rounding, 0 for equal sets. Raises ValueError for d rows or fewer: their covariance
+    is singular, and the result would say more of N than of the features.
+    """
+    d = features_a.shape[1]
+    for features in (features_a, features_b):
+        if len(features) < d + 1 or features.shape[1] != d:
+            raise ValueError(f"{tuple(features_a.shape)}, {tuple(features_b.shape)}: needs the "
+                             f"same d and at least d + 1 rows in both")
+    a, b = features_a.double(), features_b.double()
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    apart = (a.mean(dim=0) - b.mean(dim=0)).pow(2).sum()
+    return (apart + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def truncated_normal(n, d, limit, generator=None):
+    """n draws of N(0, I) in d dimensions, every coordinate drawn again until it is within ±limit.
+
+    The truncation trick (Brock et al. 2019, arXiv:1809.11096): fewer kinds, each nearer the typical.
+    """
+    z = torch.randn(n, d, generator=generator)
+    while (outside := z.abs() > limit).any():
+        z[outside] = torch.randn(int(outside.sum()), generator=generator)
+    return z
+
+
+# --- the table of models -----------------------------------------------------------------------
+
+class Model(NamedTuple):
+    """The loss, what holds D's slope, the rates of D and G, and D's steps to one of G."""
+    wasserstein: bool = False    # else: cross-entropy, nonsaturating
+    clip: bool = False
+    sn: bool = False
+    penalty: bool = False
+    lr: tuple = (4e-3, 4e-3)
+    n_critic: int = 1
+
+
+MODELS = {
+    "vanilla": Model(),
+    "sn": Model(sn=True),
+    "wgan": Model(wasserstein=True, clip=True, lr=(1e-3, 2e-3), n_critic=2),
+    "wgan-sn": Model(wasserstein=True, sn=True, lr=(2e-3, 2e-3), n_critic=2),
+    "wgan-gp": Model(wasserstein=True, penalty=True, lr=(2e-3, 2e-3), n_critic=2),
+}
+
+
+# --- model -------------------------------------------------------------------------------------
+
+def channels(side):
+    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    halvings = max(1, int(math.log2(side / 4)))
+    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+
+
+def generator(c, side):
+    """[B, Z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02."""
+    widths, small = channels(side)
+    layers = [nn.Linear(Z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
+    for wide, narrow in zip(widths[::-1], [*widths[-2::-1], c]):
+        layers += [nn.BatchNorm2d(wide), nn.ReLU(),
+                   nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)
+
+
+class SpectralNorm(nn.Module):
+    """weight -> weight / σ. Keeps u from call to call, and moves it in training mode alone."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(len(weight)).to(weight), dim=0))
+
+    def forward(self, weight):
+        sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
+        if self.training:
+            self.u = u
+        return weight / sigma
+
+
+def discriminator(c, side, sn):
+    """[B, C, side, side] -> logits or scores [B]. No batch norm; sn: σ = 1 in every layer."""
+    widths, small = channels(side)
+    layers = []
+    for i, o in zip([c, *widths], widths):
+        layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    layers += [nn.Flatten(), nn.Linear(widths[-1] * small ** 2, 1), nn.Flatten(0)]
+    for layer in layers:
+        if sn and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+    return nn.Sequential(*layers)
+
+
+class Classifier(nn.Module):
+    """x [B, 1, side, side] in [-1, 1] -> features [B, 64], logits [B, classes]."""
+
+    def __init__(self, side, classes):
+        super().__init__()
+        small = math.ceil(math.ceil(side / 2) / 2)
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * small ** 2, 64), nn.ReLU())
+        self.logits = nn.Linear(64, classes)
+
+    def forward(self, x):
+        h = self.features(x)
+        return h, self.logits(h)
+
+
+class Inception(nn.Module):
+    """Inception v3 of torchvision: x [B, 3, H, W] in [-1, 1] -> features [B, 2048], logits."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.net = inception_v3(init_weights=False)  # it takes [-1, 1]: transform_input is off
+        self.net.load_state_dict(weights)
+        self.logits, self.net.fc = self.net.fc, nn.Identity()
+
+    def forward(self, x):
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", antialias=True)
+        h = self.net(x)
+        return h, self.logits(h)
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+class Ruler(NamedTuple):
+    """What scores are read with, and the features of the real pictures they are compared with."""
+    name: str                    # "digit" or "Inception": scores of two rulers do not compare
+    net: Callable                # x in [-1, 1] -> features [B, d], logits [B, K]
+    reference: torch.Tensor      # [N, d]
+
+
+def make_ruler(args, images, test, device):
+    """The ruler for this data; None if there is none, which is said, or ends a run of --score."""
+    if images.x.shape[1] == 1:
+        net = classifier(args, images, test, device)
+        return Ruler("digit", net, look(net, test.x)[0])
+    weights, d = Inception_V3_Weights.IMAGENET1K_V1, 2048
+    refuse = common.fail if args.score else print
+    if len(images.x) + len(test.x) <= d:
+        return refuse(f"no scores: a distance of {d} features needs {d + 1} real pictures, "
+                      f"{images.name} has {len(images.x) + len(test.x)}")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
+    try:
+        net = Inception(weights.get_state_dict(check_hash=True, weights_only=True)).to(device).eval()
+    except Exception:  # no network, or a broken file: the answer is the same
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        return refuse(f"no scores: colour pictures are scored by Inception v3, and its weights "
+                      f"cannot be had: put torchvision's {Path(weights.url).name} into {folder}")
+    finally:
+        socket.setdefaulttimeout(before)
+    # the test part alone is the fairer reference, if it is large enough
+    real = test.x if len(test.x) > d else torch.cat([test.x, images.x])
+    return Ruler("Inception", net, look(net, real[:N_SAMPLES])[0])
+
+
+def classifier(args, images, test, device):
+    """A classifier of the data: that of a run before, or trained now and kept."""
+    path = common.kept_path(args, "classifier")
+    expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
+                "steps": str(args.classifier_steps), "seed": str(args.seed)}
+    net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(device)
+    if path.exists():
+        kept = common.load_kept(path, ("net",), expected)
+        net.load_state_dict(kept["net"])
+    else:
+        train_classifier(args, net, images)
+        common.save({"settings": expected, "net": net.state_dict()}, path)
+    correct = look(net.eval(), test.x)[1].argmax(dim=1) == test.y
+    print(f"the classifier reads {100 * correct.double().mean().item():.2f} % of the test pictures")
+    return net
+
+
+def train_classifier(args, net, images):
+    torch.manual_seed(args.seed)
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
+    show = common.progress("classifier", args.classifier_steps, 128)
+    real_batches = common.batches(images, 128, args.seed)
+    for step in range(1, args.classifier_steps + 1):
+        x, y = next(real_batches)
+        loss = F.cross_entropy(net(x)[1], y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        rate.step()
+        show(step, loss=loss.item())
+
+
+@torch.no_grad()
+def look(net, x):
+    """Features and class probabilities of pictures uint8 [N, C, H, W], a few at a time."""
+    pairs = [net(common.to_float(part)) for part in x.split(500)]
+    features, logits = (torch.cat(parts) for parts in zip(*pairs))
+    return features, logits.softmax(dim=1)
+
+
+def score(ruler, x):
+    """FID to the ruler's reference, IS, and for digits the KL of classes to uniform in nats."""
+    features, probs = look(ruler.net, x)
+    numbers = {"FID": frechet_distance(features, ruler.reference), "IS": inception_score(probs)[0]}
+    if ruler.name == "digit":
+        k = probs.shape[1]
+        p = torch.bincount(probs.argmax(dim=1), minlength=k).double() / len(probs)
+        numbers["KL"] = torch.special.xlogy(p, k * p).sum().item()
+    return numbers
+
+
+def distance(x, images):
+    """Mean distance of x [N, C, H, W] to the nearest of 10,000 training pictures, root mean square.
+
+    Both uint8; in [-1, 1] units. 0 for copies; blur lowers it too: read it beside the picture.
+    """
+    x, train = (common.to_float(a).flatten(1) for a in (x, images.x[:10_000]))
+    nearest = torch.cat([torch.cdist(part, train).amin(dim=1) for part in x.split(1000)])
+    return (nearest / train.shape[1] ** 0.5).mean().item()
+
+
+# --- train -------------------------------------------------------------------------------------
+
+def train(args, name, n_critic, images, device, ruler, saved, done):
+    """Trains one model; returns log, scores, pictures and G, and writes samples_{name}.pt.
+
+    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it;
+    n_critic: D's steps to one of G, 0 for the model's own.
+    All runs make --steps steps of D and of G together: a high n_critic is paid for with steps of G.
+    """
+    torch.manual_seed(args.seed)
+    model, (c, side), label = MODELS[name], images.x.shape[1:3], run_name(name, n_critic)
+    n_critic = n_critic or model.n_critic
+    steps = max(1, round(args.steps / (1 + n_critic)))
+    z_fixed = torch.randn(args.n_samples, Z).to(device)  # the same for every model
+    G, D = generator(c, side).to(device), discriminator(c, side, model.sn).to(device)
+    # the rates are for 28 pixels: at 64, with two layers more, they diverge
+    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr=lr * min(1.0, (28 / side) ** 2),
+                                     betas=ADAM_BETAS, fused=True)
+                    for net, lr in zip((D, G), model.lr))
+    rate_d, rate_g = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+                      for opt in (opt_d, opt_g))
+    parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
+
+    first, log = 0, []
+    if saved:
+        first, log = saved["step"], saved["log"]
+        common.restore(saved, parts)
+    real_batches = common.batches(images, args.batch, args.seed, first * n_critic)
+    show = common.progress(label, steps, args.batch * (1 + n_critic), first)
+    every = max(1, steps // 10)
+
+    with common.ctrl_c() as pressed:
+        for step in range(first + 1, steps + 1):
+            # D's half, n_critic times: cross-entropy, or E D(G(z)) - E D(x) with the slope held
+            for _ in range(n_critic):
+                x = next(real_batches)[0]
+                x_fake = G(torch.randn(len(x), Z, device=device))
+                real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
+                loss_d = fake.mean() - real.mean() if model.wasserstein else \
+                    F.softplus(-real).mean() + F.softplus(fake).mean()
+                total_d = loss_d
+                if model.penalty:
+                    total_d = total_d + LAMBDA * gradient_penalty(D, x, x_fake.detach())
+                opt_d.zero_grad()
+                total_d.backward()
+                opt_d.step()
+                if model.clip:
+                    clip(D, CLIP)
+
+            # G's half: -E log σ(D(G(z))), or -E D(G(z)); D untouched
+            fake = D(x_fake)
+            loss_g = -fake.mean() if model.wasserstein else F.softplus(-fake).mean()
+            opt_g.zero_grad()
+            loss_g.backward(inputs=tuple(G.parameters()))
+            opt_g.step()
+
+            rate_d.step()
+            rate_g.step()
+            common.check_finite(step, loss_d=total_d.item(), loss_g=loss_g.item())
+            show(step, loss_d=loss_d.item(), loss_g=loss_g.item())
+            milestone = step % every == 0 or step == steps
+            if milestone:
+                slope = gradient_norms(D.eval(), torch.cat([x, x_fake])).mean().item()
+                D.train()
+                log.append({"model": label, "step": step * (1 + n_critic), "loss_d": loss_d.item(),
+                            "loss_g": loss_g.item(), "slope": slope})
+                if ruler and ruler.name == "digit":  # Inception would take minutes each time
+                    log[-1] |= score(ruler, common.to_uint8(generate(G, z_fixed[:args.n_score])))
+            if milestone or pressed():
+                common.save_checkpoint(args, parts, model=label, step=step, log=log, done=done)
+            if pressed():
+                common.stop(step)
+
+    samples = common.to_uint8(generate(G, z_fixed))
+    common.save(samples.cpu(), args.out / f"samples_{label}.pt")
+    return {"log": log, "pictures": samples[:64].cpu(), "slope": log[-1]["slope"],
+            "G": {key: value.cpu() for key, value in G.state_dict().items()},
+            **(score(ruler, samples) if ruler else {}),
+            "distance": distance(samples[:N_NEAREST], images)}
+
+
+def run_name(name, n_critic):
+    return f"{name}-x{n_critic}" if n_critic else name
+
+
+def clip(net, limit):
+    """Every parameter into [-limit, limit]: the slope stays below a bound that no formula tells."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.clamp_(-limit, limit)
+
+
+@torch.no_grad()
+def generate(G, z):
+    """G(z) with the batch norm of evaluation, a thousand at a time."""
+    G.eval()
+    x = torch.cat([G(part) for part in z.split(1000)])
+    G.train()
+    return x
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+def show(x):
+    return lambda ax: common.draw_images(ax, x[:64])
+
+
+def titled(label, numbers):
+    """A panel's title: the name, and the scores if there are any."""
+    found = [f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers]
+    return f"{label}\n{', '.join(found)}"
+
+
+def figures(args, images, runs, done):
+    """samples.png, scores.png and log.csv; a row for each n_critic that was asked for."""
+    title = f"{images.name}, seed {args.seed}, {args.steps:,} steps of D and G together"
+    rows = {n: [label for label, run in runs.items() if run[1] == n] for _, n in runs.values()}
+    common.save_panels(args.out / "samples.png", [
+        (f"n_critic {n}" if n else "", [("data\n", show(images.x))] + [
+            (titled(label, done[label]), show(done[label]["pictures"])) for label in labels])
+        for n, labels in rows.items()], f"{title}, same z")
+    columns = [column for column in ("FID", "IS", "loss_d", "slope")
+               if column in next(iter(done.values()))["log"][0]]
+    common.save_panels(args.out / "scores.png", [
+        (f"n_critic {n}" if n else "", [
+            (column, lambda ax, column=column, labels=labels: draw_trends(
+                ax, {label: done[label]["log"] for label in labels}, column))
+            for column in columns]) for n, labels in rows.items()], f"{title}, thick: trend")
+    common.write_log(args.out / "log.csv", [row for run in done.values() for row in run["log"]])
+
+
+def draw_trends(ax, logs, column):
+    """A column of each log against the step, thin, and its exponential moving average, thick."""
+    for colour, (label, log) in enumerate(logs.items()):
+        steps, values = [row["step"] for row in log], [row[column] for row in log]
+        ax.plot(steps, values, f"C{colour}", linewidth=0.6, alpha=0.5)
+        ax.plot(steps, trend(values), f"C{colour}", label=label)
+    if column in ("FID", "slope"):
+        ax.set_yscale("log")
+    if column == "FID":
+        ax.legend(fontsize=6)
+    ax.set_xlabel("step of D or G")
+
+
+def trend(values):
+    """s <- TREND s + (1 - TREND) v, from the first value on."""
+    smooth = values[:1]
+    for value in values[1:]:
+        smooth.append(TREND * smooth[-1] + (1 - TREND) * value)
+    return smooth
+
+
+def truncation(args, images, ruler, label, kept, device):
+    """truncation.png and its table: scores of one G when every coordinate of z is within ±limit."""
+    G = generator(*images.x.shape[1:3]).to(device)
+    G.load_state_dict(kept)
+    rng = torch.Generator().manual_seed(args.seed)
+    x = {limit: common.to_uint8(generate(G, truncated_normal(
+        args.n_samples // 2, Z, limit, rng).to(device))) for limit in LIMITS}
+    numbers = {limit: score(ruler, pictures) for limit, pictures in x.items()}
+    names = ["none" if limit == math.inf else f"{limit:g}" for limit in LIMITS]
+
+    def curve(key):
+        return lambda ax: ax.plot(names, [numbers[limit][key] for limit in LIMITS], "o-")
+
+    cells = [(f"{ruler.name} {key} against\nthe limit of |z|", curve(key)) for key in ("FID", "IS")]
+    cells += [(titled(name, numbers[limit]), show(x[limit])) for name, limit in zip(names, LIMITS)]
+    common.save_panels(args.out / "truncation.png", [("", cells[:4]), ("", cells[4:])],
+                       f"truncated z, {label} on {images.name}")
+    common.print_table(["truncated at", *numbers[math.inf]], [
+        [name, *(f"{value:.3g}" for value in numbers[limit].values())]
+        for name, limit in zip(names, LIMITS)])
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+def calibration(ruler, images):
+    """Scores of what needs no judge: real pictures that the ruler does not compare with, noise."""
+    real = images.x[-N_SAMPLES:]
+    noise = torch.randint(256, real.shape, dtype=torch.uint8).to(real.device)
+    return {label: {**score(ruler, x), "distance": distance(x[:N_NEAREST], images)}
+            for label, x in (("training pictures", real), ("noise", noise))}
+
+
+def print_scores(ruler, results, columns):
+    """One row for each name of `results`."""
+    header = [f"{ruler.name} {column}" if ruler and column in ("FID", "IS") else column
+              for column in columns]
+    common.print_table(["", *header], [
+        [label, *(f"{numbers.get(column, math.nan):.3g}" for column in columns)]
+        for label, numbers in results.items()])
+
+
+def read_samples(path, shape, d):
+    """uint8 [N, C, H, W] that a chapter, or anyone, has saved; at least d + 1 of them."""
+    try:
+        x = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = x.dtype, tuple(x.shape[1:])
+    except Exception:  # whatever is wrong with the file, the answer is the same
+        common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 tensor "
+                    "[N, C, H, W]")
+    if theirs != (torch.uint8, tuple(shape)):
+        common.fail(f"{path} holds {theirs[0]} {list(theirs[1])}, the data torch.uint8 "
+                    f"{list(shape)}")
+    if len(x) <= d:
+        common.fail(f"{path} holds {len(x)} pictures, and a distance of {d} features needs {d + 1}")
+    return x
+
+
+def score_files(args, images, ruler, device):
+    """scored.png and the table of --score, best first."""
+    shape, d = images.x.shape[1:], ruler.reference.shape[1]
+    x = {common.relative(path): read_samples(path, shape, d) for path in args.score}
+    results = {label: {**score(ruler, pictures.to(device)),
+                       "distance": distance(pictures[:N_NEAREST].to(device), images)}
+               for label, pictures in x.items()}
+    results = dict(sorted(results.items(), key=lambda item: item[1]["FID"]))
+    cells = [("data\n", show(images.x))] + [
+        (titled(short(label), numbers), show(x[label])) for label, numbers in results.items()]
+    common.save_panels(args.out / "scored.png", [
+        ("", cells[i:i + 6]) for i in range(0, len(cells), 6)], f"{ruler.name} scores, {images.name}")
+    print_scores(ruler, results | calibration(ruler, images), ["FID", "IS", "KL", "distance"])
+
+
+def short(label):
+    """The last folder and the file's name, for a title."""
+    return "/".join(Path(label).with_suffix("").parts[-2:])
+
+
+# --- main --------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = common.parser(__doc__, __file__)
+    g = p.add_argument_group("models")
+    g.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
+                   help=f"{', '.join(MODELS)}")
+    g.add_argument("--n-critic", nargs="+", type=common.positive_int, default=[0], metavar="N",
+                   help="D's steps to one of G, one run for each; else the model's own")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=common.positive_int, default=1200,
+                   help="of D and G together, in each run")
+    g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
+    g.add_argument("--full", action="store_true",
+                   help="the study: n_critic 1, 2, 5, 20, and five times the steps")
+    g = p.add_argument_group("scores")
+    g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
+                   help="no training: score samples.pt of any chapter, or your own uint8 tensor")
+    args = p.parse_args(argv)
+    if args.full:
+        args.n_critic, args.steps = [1, 2, 5, 20], 5 * args.steps
+    args.classifier_steps = 20 if args.quick else 1000
+    if args.quick:
+        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
+    args.n_samples, args.n_score = (1000, 200) if args.quick else (N_SAMPLES, 2000)
+    return args
+
+
+def check(images):
+    """Ends the run if the pictures do not fit the networks."""
+    c, h, w = images.x.shape[1:]
+    widths, small = channels(h)
+    fits = small * 2 ** len(widths)
+    if h != w or h != fits:
+        common.fail(f"the pictures are {w}x{h}, G draws {fits}x{fits}: use --size {fits}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.start(args)
+    saved = common.load_checkpoint(args)
+    images = common.load_images(args, device)
+    test = common.load_images(args, device, train=False)
+    check(images)
+    ruler = make_ruler(args, images, test, device)
+    if args.score:
+        return score_files(args, images, ruler, device)
+    runs = {run_name(name, n): (name, n) for n in args.n_critic for name in args.models}
+    done = saved["done"] if saved else {}
+    for label, (name, n) in runs.items():
+        if label not in done:
+            resumed = saved if saved and saved["model"] == label else None
+            done[label] = train(args, name, n, images, device, ruler, resumed, dict(done))
+    figures(args, images, runs, done)
+    results = done | (calibration(ruler, images) if ruler else {})
+    print_scores(ruler, results, ["FID", "IS", "KL", "distance", "slope"])
+    if ruler and ruler.name == "digit":
+        best = min(done, key=lambda label: done[label]["FID"])
+        truncation(args, images, ruler, best, done[best]["G"], device)
+
+
+if __name__ == "__main__":
+    main()

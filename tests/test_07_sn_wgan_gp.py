@@ -1,0 +1,720 @@
+"""Chapter 07: spectral norm against the SVD, scores against closed forms, a kill loses nothing."""
+
+import gc
+import importlib
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+from torchvision.models import inception_v3
+
+import common
+from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from strategies import generator, normal, seeds
+
+gan = importlib.import_module("07_sn_wgan_gp")
+EPS = torch.finfo(torch.float64).eps
+sizes = st.integers(1, 8)
+
+
+# --- spectral norm -----------------------------------------------------------------------------
+
+def unit(seed, n):
+    return nn.functional.normalize(normal(seed, n), dim=0)
+
+
+def sigma_is_never_above_the_largest_singular_value(spectral_norm, seed, out, rest, n_iter):
+    """‖Wᵀu‖ <= σ_1 for every unit u: up to the rounding of sums of `out` and `rest` products."""
+    weight = normal(seed, out, rest)
+    largest = torch.linalg.svdvals(weight)[0]
+    sigma, u = spectral_norm(weight, unit(seed + 1, out), n_iter)
+    assert sigma <= largest * (1 + 8 * (out + rest) * EPS)
+    assert_close(u.norm().item(), 1.0, rtol=8 * out * EPS, atol=0)
+
+
+@given(seeds(), sizes, sizes, st.integers(0, 3))
+def test_sigma_is_never_above_the_largest_singular_value(seed, out, rest, n_iter):
+    sigma_is_never_above_the_largest_singular_value(gan.spectral_norm, seed, out, rest, n_iter)
+
+
+def sigma_converges_to_the_largest_singular_value(spectral_norm, seed, shape):
+    """Singular values 2, 1, ...: each round divides tan of u's angle by 4, 40 rounds by 1e24."""
+    weight = normal(seed, *shape)
+    left, _, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    values = torch.ones(len(left[0]), dtype=torch.float64)
+    values[0] = 2
+    weight = (left * values @ right).view(shape)
+    sigma, _ = spectral_norm(weight, unit(seed + 1, shape[0]), 40)
+    assert_close(sigma.item(), 2.0, rtol=8 * weight.numel() * EPS, atol=0)
+
+
+shapes = st.one_of(st.tuples(sizes, sizes), st.tuples(sizes, sizes, st.integers(1, 3),
+                                                       st.integers(1, 3)))
+
+
+@given(seeds(), shapes)
+def test_sigma_converges_to_the_largest_singular_value(seed, shape):
+    sigma_converges_to_the_largest_singular_value(gan.spectral_norm, seed, shape)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda weight, u, n_iter: (weight.norm(), u),                                 # Frobenius
+    lambda weight, u, n_iter: (gan.spectral_norm(weight, u, n_iter)[0] ** 2, u),  # of W Wᵀ
+    lambda weight, u, n_iter: gan.spectral_norm(weight.transpose(0, 1), u, n_iter),
+    lambda weight, u, n_iter: gan.spectral_norm(weight, u, 0)])
+def test_wrong_sigmas_are_rejected(twin):
+    assert rejected(sigma_converges_to_the_largest_singular_value, twin, 0, (4, 4, 2, 2))
+
+
+@given(seeds(), sizes, sizes)
+def test_every_round_brings_sigma_nearer(seed, out, rest):
+    """uᵀ W Wᵀ u never falls under power iteration (Rayleigh quotients of a positive matrix)."""
+    weight, u, last = normal(seed, out, rest), unit(seed + 1, out), 0.0
+    for _ in range(6):
+        sigma, u = gan.spectral_norm(weight, u)
+        assert sigma >= last * (1 - 8 * (out + rest) * EPS)
+        last = sigma
+
+
+@given(seeds(), st.integers(2, 6), st.integers(2, 6))
+def test_sigma_is_that_of_torch_from_the_same_start(seed, out, rest):
+    """torch keeps v too; from v = Wᵀu / ‖Wᵀu‖ it makes the same steps in the same order."""
+    layer = nn.Linear(rest, out, bias=False, dtype=torch.float64)
+    layer.weight.data = normal(seed, out, rest)
+    weight, u = layer.weight.detach().clone(), unit(seed + 1, out)
+    parametrizations.spectral_norm(layer, n_power_iterations=1)
+    theirs = layer.parametrizations.weight[0]
+    theirs._u.copy_(u)
+    theirs._v.copy_(nn.functional.normalize(weight.T @ u, dim=0))
+    sigma, _ = gan.spectral_norm(weight, u)
+    assert_close(layer.weight, weight / sigma, rtol=64 * (out + rest) * EPS, atol=0)
+
+
+@given(seeds())
+def test_the_gradient_of_sigma_is_that_of_the_largest_singular_value(seed):
+    """At convergence dσ/dW = u vᵀ; torch's derivative of the SVD is the oracle."""
+    weight = normal(seed, 3, 4).requires_grad_()
+    values = torch.linalg.svdvals(weight)
+    expected, = torch.autograd.grad(values[0], weight)
+    sigma, _ = gan.spectral_norm(weight, unit(seed + 1, 3), 2000)
+    got, = torch.autograd.grad(sigma, weight)
+    gap = ((values[0] - values[1]) / values[0]).item()  # u's error grows where two are close
+    assert_close(got, expected, rtol=0, atol=1e3 * EPS / gap + (1 - gap) ** 4000)
+
+
+# --- spectral norm in the networks -------------------------------------------------------------
+
+def normalised(layer, steps=60):
+    """The layer with SpectralNorm after so many calls: its weight as a user's D has it."""
+    gan.parametrize.register_parametrization(layer, "weight", gan.SpectralNorm(layer.weight))
+    for _ in range(steps):
+        layer.weight
+    return layer.eval()
+
+
+def slope(layer, x, other):
+    """‖f(x) - f(x')‖ / ‖x - x'‖ of each pair, the largest."""
+    with torch.no_grad():
+        change = (layer(x) - layer(other)).flatten(1).norm(dim=1)
+    return (change / (x - other).flatten(1).norm(dim=1)).max().item()
+
+
+def two_one(*shape, seed=0):
+    """A weight with singular values 2, 1, 1, ...: power iteration is exact after 60 rounds."""
+    left, _, right = torch.linalg.svd(normal(seed, *shape).flatten(1), full_matrices=False)
+    values = torch.ones(len(left[0]), dtype=torch.float64)
+    values[0] = 2
+    return (left * values @ right).view(shape)
+
+
+@given(seeds())
+def test_a_normalised_linear_layer_is_1_lipschitz(seed):
+    layer = nn.Linear(6, 5, dtype=torch.float64)
+    layer.weight.data = two_one(5, 6, seed=seed)
+    layer = normalised(layer)
+    assert slope(layer, normal(seed, 20, 6), normal(seed + 1, 20, 6)) <= 1 + 100 * EPS
+    top = torch.linalg.svd(layer.weight)[2][:1].detach()  # and 1 is reached, along v
+    assert_close(slope(layer, top, -top), 1.0, rtol=100 * EPS, atol=0)
+
+
+@given(seeds())
+def test_a_normalised_convolution_is_1_lipschitz_where_patches_do_not_overlap(seed):
+    layer = nn.Conv2d(2, 5, kernel_size=2, stride=2, dtype=torch.float64)
+    layer.weight.data = two_one(5, 2, 2, 2, seed=seed)
+    layer = normalised(layer)
+    assert slope(layer, normal(seed, 20, 2, 4, 4), normal(seed + 1, 20, 2, 4, 4)) <= 1 + 100 * EPS
+
+
+def test_overlapping_patches_double_the_slope_at_most():
+    """D's convolutions, 4x4 with stride 2: a pixel is in 4 patches, so √4; equal weights reach it."""
+    layer = nn.Conv2d(1, 1, kernel_size=4, stride=2, padding=1, dtype=torch.float64)
+    layer.weight.data = torch.ones_like(layer.weight)
+    layer = normalised(layer)
+    even, zero = torch.ones(1, 1, 64, 64, dtype=torch.float64), torch.zeros(1, 1, 64, 64).double()
+    assert 1.9 < slope(layer, even, zero) <= 2 + 100 * EPS  # less at the border
+    x, other = normal(0, 200, 1, 12, 12), normal(1, 200, 1, 12, 12)
+    assert slope(layer, x, other) <= 2 + 100 * EPS
+
+
+def test_all_layers_of_d_are_normalised_and_only_with_sn():
+    torch.manual_seed(0)
+    for sn in (True, False):
+        D = gan.discriminator(1, 28, sn)
+        for _ in range(300):
+            D(torch.zeros(1, 1, 28, 28))
+        sigmas = [torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item()
+                  for layer in D if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        assert len(sigmas) == 3
+        # power iteration of random weights comes to within 1 % in 300 rounds, from above
+        assert all(1 - 1e-5 < sigma < 1.01 for sigma in sigmas) == sn
+
+
+def test_evaluation_does_not_move_u_and_training_does():
+    torch.manual_seed(0)
+    D = gan.discriminator(1, 28, sn=True)
+    x = torch.randn(2, 1, 28, 28)
+    u = [buffer.clone() for buffer in D.buffers()][:-1]  # the last layer has one row: u is 1
+    D.eval()
+    assert torch.equal(D(x), D(x))
+    assert all(torch.equal(a, b) for a, b in zip(u, D.buffers()))
+    D.train()(x)
+    assert not any(torch.equal(a, b) for a, b in zip(u, D.buffers()))
+
+
+def test_two_passes_before_one_backward():
+    """u is replaced, not changed in place, so the first pass can still be differentiated."""
+    D = gan.discriminator(1, 28, sn=True)
+    x = torch.randn(2, 1, 28, 28)
+    (D(x) - D(-x)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in D.parameters())
+
+
+@pytest.mark.parametrize("sn", [False, True])
+def test_a_score_depends_on_its_own_picture_alone(sn):
+    torch.manual_seed(0)
+    D = gan.discriminator(1, 28, sn).eval().double()
+    x = normal(0, 3, 1, 28, 28)
+    other = torch.cat([x[:1], normal(1, 2, 1, 28, 28)])
+    assert_close(D(x)[0], D(other)[0], rtol=1e4 * EPS, atol=1e4 * EPS)  # sums of 3,136 terms
+
+
+# --- gradient penalty --------------------------------------------------------------------------
+
+def penalty_of_a_linear_critic_is_its_closed_form(penalty, seed, n):
+    """critic(x) = w.x has the gradient w everywhere: (‖w‖ - 1)²."""
+    w = normal(seed, 2, 3, 3)
+    got = penalty(lambda x: (x * w).flatten(1).sum(dim=1), normal(seed + 1, n, 2, 3, 3),
+                  normal(seed + 2, n, 2, 3, 3))
+    assert_close(got.item(), (w.norm().item() - 1) ** 2, rtol=0, atol=1e3 * EPS * (1 + w.norm() ** 2))
+
+
+@given(seeds(), sizes)
+def test_penalty_of_a_linear_critic_is_its_closed_form(seed, n):
+    penalty_of_a_linear_critic_is_its_closed_form(gan.gradient_penalty, seed, n)
+
+
+def norm_over_channels(critic, x, x_fake):
+    x = x.requires_grad_()
+    grad, = torch.autograd.grad(critic(x).sum(), x)
+    return ((grad.norm(2, dim=1) - 1) ** 2).mean()
+
+
+@pytest.mark.parametrize("twin", [
+    norm_over_channels,
+    lambda critic, x, x_fake: gan.gradient_penalty(lambda x: critic(x).sigmoid(), x, x_fake),
+    lambda critic, x, x_fake: gan.gradient_norms(critic, x).mean() ** 2])
+def test_wrong_penalties_are_rejected(twin):
+    assert rejected(penalty_of_a_linear_critic_is_its_closed_form, twin, 0, 3)
+
+
+def points_lie_between(penalty, seed, n):
+    """What the critic sees is α x + (1 - α) x', with one α in [0, 1) for each example."""
+    x, x_fake, seen = normal(seed, n, 1, 4, 4), normal(seed + 1, n, 1, 4, 4), []
+    penalty(lambda x: seen.append(x.detach()) or (x ** 2).flatten(1).sum(dim=1), x, x_fake)
+    alpha = ((seen[0] - x_fake) / (x - x_fake)).flatten(1)
+    # the division loses as much as the two pictures are close to each other in a pixel
+    loss = 100 * EPS / (x - x_fake).abs().min().item()
+    assert (alpha - alpha[:, :1]).abs().max() <= loss
+    assert -loss <= alpha.min() and alpha.max() <= 1 + loss
+    assert n == 1 or alpha[:, 0].unique().numel() == n
+
+
+@given(seeds(), sizes)
+def test_points_lie_between(seed, n):
+    points_lie_between(gan.gradient_penalty, seed, n)
+
+
+def between_by(draw):
+    return lambda critic, x, x_fake: critic(x_fake + draw(x) * (x - x_fake))
+
+
+@pytest.mark.parametrize("twin", [
+    between_by(torch.rand_like),                                                  # per pixel
+    between_by(lambda x: 2 + torch.randn(len(x), 1, 1, 1, dtype=x.dtype)),        # normal
+    between_by(lambda x: torch.rand(1, dtype=x.dtype))])                          # one for all
+def test_points_elsewhere_are_rejected(twin):
+    torch.manual_seed(0)
+    assert rejected(points_lie_between, twin, 0, 4)
+
+
+@given(seeds())
+def test_the_penalty_of_two_is_the_mean_of_two_penalties_of_one(seed):
+    x, x_fake = normal(seed, 2, 1, 4, 4), normal(seed + 1, 2, 1, 4, 4)
+
+    def critic(x):
+        return (x ** 3).flatten(1).sum(dim=1)
+
+    rng = generator(seed)
+    apart = [gan.gradient_penalty(critic, x[i:i + 1], x_fake[i:i + 1], rng) for i in range(2)]
+    both = gan.gradient_penalty(critic, x, x_fake, generator(seed))
+    assert_close(both, sum(apart) / 2, rtol=64 * EPS, atol=0)
+
+
+def test_a_critic_without_slope_has_penalty_1_and_finite_derivatives():
+    w = torch.zeros(16, dtype=torch.float64, requires_grad=True)
+    got = gan.gradient_penalty(lambda x: x.flatten(1) @ w, normal(0, 3, 1, 4, 4),
+                               normal(1, 3, 1, 4, 4))
+    got.backward()
+    assert got.item() == 1.0 and w.grad.isfinite().all()
+
+
+# --- inception score ---------------------------------------------------------------------------
+
+def probabilities(seed, n, k):
+    return (2 * normal(seed, n, k)).softmax(dim=1)
+
+
+def inception_score_is_the_naive_one(inception_score, seed, n, k):
+    rows = probabilities(seed, n, k).tolist()
+    p_y = [sum(row[j] for row in rows) / n for j in range(k)]
+    kl = sum(p * math.log(p / q) for row in rows for p, q in zip(row, p_y)) / n
+    assert_close(inception_score(probabilities(seed, n, k))[0], math.exp(kl), rtol=1e3 * EPS, atol=0)
+
+
+@given(seeds(), sizes, st.integers(2, 6))
+def test_inception_score_is_the_naive_one(seed, n, k):
+    inception_score_is_the_naive_one(gan.inception_score, seed, n, k)
+
+
+def reversed_score(probs):
+    p_y = probs.mean(dim=0)
+    return ((p_y * (p_y / probs).log()).sum(dim=1).mean().exp().item(),)
+
+
+@pytest.mark.parametrize("twin", [
+    reversed_score, lambda probs: gan.inception_score(probs.softmax(dim=1)),  # normalised twice
+    lambda probs: (math.log(gan.inception_score(probs)[0]),),
+    lambda probs: (math.exp((probs * probs.log()).sum(dim=1).mean()),)])      # p(y) forgotten
+def test_wrong_inception_scores_are_rejected(twin):
+    assert rejected(inception_score_is_the_naive_one, twin, 0, 5, 4)
+
+
+@given(seeds(), sizes, st.integers(1, 6))
+def test_inception_score_lies_between_1_and_k(seed, n, k):
+    got = gan.inception_score(probabilities(seed, n, k))[0]
+    assert 1 - 1e3 * EPS <= got <= k * (1 + 1e3 * EPS)
+
+
+@given(st.integers(1, 8), st.integers(1, 5))
+def test_inception_score_reaches_both_ends(k, n):
+    assert_close(gan.inception_score(torch.full((n, k), 1 / k))[0], 1.0, rtol=1e-6, atol=0)
+    sure = torch.eye(k).repeat(n, 1)
+    assert_close(gan.inception_score(sure)[0], float(k), rtol=64 * EPS, atol=0)
+
+
+@given(seeds(), st.integers(1, 4))
+def test_splits_give_mean_and_deviation_over_the_parts(seed, splits):
+    probs = probabilities(seed, 4 * splits, 3)
+    parts = [gan.inception_score(part)[0] for part in probs.split(4)]
+    got = gan.inception_score(probs, splits)
+    assert_close(got, (float(np.mean(parts)), float(np.std(parts))), rtol=1e3 * EPS, atol=1e3 * EPS)
+
+
+def test_inception_score_refuses_what_are_no_probabilities():
+    for wrong in (torch.randn(5, 3), torch.full((5, 3), 0.5), torch.tensor([[2.0, -1.0]])):
+        with pytest.raises(ValueError, match="rows of probabilities"):
+            gan.inception_score(wrong)
+    with pytest.raises(ValueError, match="2 splits"):
+        gan.inception_score(torch.ones(1, 1), splits=2)
+
+
+# --- Frechet distance --------------------------------------------------------------------------
+
+def with_moments(seed, n, mean, root):
+    """n rows whose sample mean and unbiased covariance are exactly `mean` and rootᵀ root."""
+    d = len(mean)
+    x = normal(seed, n, d)
+    x = x - x.mean(dim=0)
+    white = torch.linalg.qr(x)[0] * (n - 1) ** 0.5
+    return white @ root + mean
+
+
+def frechet_distance_of_gaussians_is_the_closed_form(frechet_distance, seed, d, n):
+    """Covariances with common axes: ‖m - m'‖² + Σ (s_i - s'_i)²."""
+    m, other = normal(seed, d), normal(seed + 1, d)
+    s, s_other = normal(seed + 2, d).exp(), normal(seed + 3, d).exp()
+    axes = torch.linalg.qr(normal(seed + 4, d, d))[0]
+    expected = ((m - other) ** 2).sum() + ((s - s_other) ** 2).sum()
+    got = frechet_distance(with_moments(seed + 5, n, m, (axes * s).T),
+                           with_moments(seed + 6, n + 3, other, (axes * s_other).T))
+    scale = 1 + (s ** 2).sum() + (s_other ** 2).sum() + (m ** 2).sum() + (other ** 2).sum()
+    # the root of a rounding error: √EPS where an eigenvalue is near 0
+    assert_close(got, expected.item(), rtol=0, atol=1e-9 * scale.item())
+
+
+@given(seeds(), st.integers(1, 5), st.integers(8, 20))
+def test_frechet_distance_of_gaussians_is_the_closed_form(seed, d, n):
+    frechet_distance_of_gaussians_is_the_closed_form(gan.frechet_distance, seed, d, n)
+
+
+def frechet_by(cov, factor=2.0, power=2):
+    def distance(a, b):
+        c, c_other = cov(a), cov(b)
+        cross = torch.linalg.eigvals(c @ c_other).real.clamp(min=0).sqrt().sum()
+        return ((a.mean(0) - b.mean(0)).norm() ** power + c.trace() + c_other.trace()
+                - factor * cross).item()
+    return distance
+
+
+@pytest.mark.parametrize("twin", [
+    frechet_by(lambda x: torch.cov(x.T, correction=0)), frechet_by(lambda x: torch.cov(x.T), 1.0),
+    frechet_by(lambda x: torch.cov(x.T), power=1), lambda a, b: gan.frechet_distance(a, b) ** 0.5])
+def test_wrong_frechet_distances_are_rejected(twin):
+    assert rejected(frechet_distance_of_gaussians_is_the_closed_form, twin, 0, 3, 9)
+
+
+@given(seeds(), st.integers(1, 5))
+def test_frechet_distance_of_any_covariances_by_another_road(seed, d):
+    """tr (C C')^½ is the sum of the roots of C C's eigenvalues; the covariances by numpy."""
+    a, b = normal(seed, 3 * d, d) @ normal(seed + 1, d, d), normal(seed + 2, 4 * d, d)
+    c, c_other = (np.atleast_2d(np.cov(x.numpy(), rowvar=False)) for x in (a, b))
+    cross = np.sqrt(np.linalg.eigvals(c @ c_other).real.clip(min=0)).sum()
+    expected = ((a.numpy().mean(0) - b.numpy().mean(0)) ** 2).sum() + np.trace(c + c_other) - 2 * cross
+    scale = 1 + np.trace(c + c_other)
+    assert_close(gan.frechet_distance(a, b), float(expected), rtol=0, atol=1e-6 * float(scale))
+
+
+@given(seeds(), st.integers(1, 5))
+def test_frechet_distance_is_symmetric_zero_for_equal_and_blind_to_a_common_motion(seed, d):
+    a, b = normal(seed, 4 * d, d), 2 * normal(seed + 1, 4 * d, d) + 1
+    turn, shift = torch.linalg.qr(normal(seed + 2, d, d))[0], normal(seed + 3, d)
+    there = gan.frechet_distance(a, b)
+    tight = dict(rtol=0, atol=1e-6 * (1 + there))
+    assert_close(gan.frechet_distance(b, a), there, **tight)
+    assert_close(gan.frechet_distance(a @ turn + shift, b @ turn + shift), there, **tight)
+    assert_close(gan.frechet_distance(a, a), 0.0, rtol=0, atol=1e-6 * d)
+
+
+def test_frechet_distance_refuses_too_few_rows_and_other_features():
+    for a, b in ((torch.zeros(4, 4), torch.zeros(5, 4)), (torch.zeros(5, 4), torch.zeros(4, 4)),
+                 (torch.zeros(9, 4), torch.zeros(9, 3))):
+        with pytest.raises(ValueError, match=r"d \+ 1 rows"):
+            gan.frechet_distance(a, b)
+
+
+# --- truncation, trend -------------------------------------------------------------------------
+
+def truncated_draws_have_their_variance(truncated_normal, seed, limit):
+    """1 - 2 a φ(a) / (2 Φ(a) - 1); 40,000 draws, tolerance 6 standard errors of a mean square."""
+    z = truncated_normal(400, 100, limit, generator(seed)).double()
+    phi = math.exp(-limit ** 2 / 2) / math.sqrt(2 * math.pi)
+    variance = 1 - 2 * limit * phi / math.erf(limit / math.sqrt(2))
+    assert z.abs().max() <= limit
+    assert abs((z ** 2).mean() - variance) <= 6 * (z ** 2).std() / 200
+
+
+@settings(max_examples=10)
+@given(seeds(), st.sampled_from([0.25, 1.0, 2.0]))
+def test_truncated_draws_have_their_variance(seed, limit):
+    truncated_draws_have_their_variance(gan.truncated_normal, seed, limit)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda n, d, limit, rng: torch.randn(n, d, generator=rng).clamp(-limit, limit),
+    lambda n, d, limit, rng: limit * (2 * torch.rand(n, d, generator=rng) - 1)])
+def test_clamped_and_uniform_draws_are_rejected(twin):
+    assert rejected(truncated_draws_have_their_variance, twin, 0, 1.0)
+
+
+def test_no_limit_is_the_plain_normal():
+    assert torch.equal(gan.truncated_normal(3, 4, math.inf, generator(0)),
+                       torch.randn(3, 4, generator=generator(0)))
+
+
+def test_the_trend_follows_slowly_and_keeps_a_constant():
+    assert gan.trend([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert gan.trend([0.0, 1.0, 1.0]) == pytest.approx([0.0, 1 - gan.TREND, 1 - gan.TREND ** 2])
+
+
+# --- Inception v3 ------------------------------------------------------------------------------
+
+def test_inception_sees_what_torchvision_makes_of_the_picture():
+    """torchvision's own way: ImageNet's mean and deviation off, then its transform_input."""
+    torch.manual_seed(0)
+    reference = inception_v3(init_weights=False, transform_input=True).eval()
+    ours = gan.Inception(reference.state_dict()).eval()
+    x = torch.rand(1, 3, 299, 299)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        features, logits = ours(2 * x - 1)
+        expected = reference((x - mean) / std)
+    assert features.shape == (1, 2048)
+    # float32 through 48 layers: 1e-3 of the largest logit; without the scale it is off by half
+    assert_close(logits, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    assert ours(torch.zeros(1, 3, 16, 16))[0].shape == (1, 2048)
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch, no_figures):
+    """A few hundred pictures instead of thousands; all are still scored ten times a run."""
+    whole, quick = common.load_digits, gan.parse_args
+
+    def part(args, train):
+        images = whole(args, train)
+        return images._replace(x=images.x[:400], y=images.y[:400])
+
+    def fewer(argv):
+        args = quick(argv)
+        args.n_samples = min(args.n_samples, 200)
+        return args
+    monkeypatch.setattr(common, "load_digits", part)
+    monkeypatch.setattr(gan, "parse_args", fewer)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """One classifier, trained once for all tests."""
+    return tmp_path_factory.mktemp("kept") / "classifier_quick.pt"
+
+
+def run(out, digits_dir, kept, *flags):
+    """--quick with 9 steps, and the classifier of the test before if there is one."""
+    out.mkdir(exist_ok=True)
+    mine = out / kept.name
+    if kept.exists():
+        mine.write_bytes(kept.read_bytes())
+    gan.main(["--quick", "--data", "digits", "--data-dir", str(digits_dir), "--steps", "900",
+              "--batch", "8", "--out", str(out), *flags])
+    if mine.exists():
+        kept.write_bytes(mine.read_bytes())
+    return results(out) if (out / "log.csv").exists() else None
+
+
+def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digits_dir, kept):
+    """Power iteration's u, too, goes on where it was."""
+    straight = run(tmp_path / "straight", digits_dir, kept)
+    assert len(straight) == len(gan.MODELS) + 1
+    for death in (2, 5, 4, 3):
+        with killed_after(death):
+            run(tmp_path / "killed", digits_dir, kept, "--resume")
+    assert same(run(tmp_path / "killed", digits_dir, kept, "--resume"), straight)
+
+
+def test_steps_of_both_players_are_counted(tmp_path, digits_dir, kept, monkeypatch):
+    """9 steps in all with n_critic 3 are two rounds of 3 D steps and one of G; 1 in quick is 1."""
+    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--n-critic", "3")  # keeps a classifier
+    steps, original = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda opt, *a: (
+        steps.append(sum(p.numel() for g in opt.param_groups for p in g["params"])),
+        original(opt, *a))[1])
+    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--n-critic", "3")
+    of_g, of_d = (sum(p.numel() for p in net.parameters())
+                  for net in (gan.generator(1, 28), gan.discriminator(1, 28, sn=False)))
+    assert steps == 2 * ([of_d] * 3 + [of_g])
+
+
+@pytest.mark.parametrize("name", gan.MODELS)
+def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, kept, monkeypatch, name):
+    """All data white: with the right signs G's pictures, grey at the start, become lighter.
+
+    Trained the wrong way round they would become darker.
+    """
+    white = common.Images(torch.full((70, 1, 28, 28), 255, dtype=torch.uint8),
+                          torch.arange(70) % 10, "white")
+    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: white)
+    run(tmp_path, digits_dir, tmp_path / "none", "--models", name, "--steps", "6000")
+    assert torch.load(tmp_path / f"samples_{name}.pt").float().mean() > 160
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["parts"]
+
+
+def test_wgan_keeps_its_weights_in_the_box_and_no_other(tmp_path, digits_dir, kept):
+    for name in ("wgan", "wgan-sn"):
+        run(tmp_path / name, digits_dir, kept, "--models", name)
+        largest = max(p.abs().max().item() for p in checkpoint(tmp_path / name)["D"].values())
+        assert (largest <= gan.CLIP) == (name == "wgan")
+
+
+@pytest.mark.parametrize("name, column", [
+    ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"clip": False}),
+    ("wgan-sn", {"wasserstein": False}), ("wgan-gp", {"penalty": False}),
+    ("wgan-gp", {"n_critic": 1}), ("vanilla", {"lr": (1e-3, 4e-3)}),
+    ("vanilla", {"lr": (4e-3, 1e-3)})])
+def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, kept, monkeypatch,
+                                                        name, column):
+    flags = ["--models", name]
+    plain = run(tmp_path / "plain", digits_dir, kept, *flags)
+    monkeypatch.setitem(gan.MODELS, name, gan.MODELS[name]._replace(**column))
+    assert not same(run(tmp_path / "other", digits_dir, kept, *flags), plain)
+
+
+@pytest.mark.parametrize("flags", [["--batch", "9"], ["--seed", "1"], ["--n-critic", "2"]])
+def test_options_change_what_they_should(tmp_path, digits_dir, kept, flags):
+    plain = run(tmp_path / "plain", digits_dir, kept, "--models", "vanilla")
+    other = run(tmp_path / "other", digits_dir, tmp_path / "none", "--models", "vanilla", *flags)
+    assert not same(other, plain)
+
+
+def test_the_weight_of_the_penalty_reaches_the_training(tmp_path, digits_dir, kept, monkeypatch):
+    flags = ["--models", "wgan-gp"]
+    plain = run(tmp_path / "plain", digits_dir, kept, *flags)
+    monkeypatch.setattr(gan, "LAMBDA", 0.0)
+    assert not same(run(tmp_path / "other", digits_dir, kept, *flags), plain)
+
+
+def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, monkeypatch):
+    """create_graph keeps graphs alive in cycles if several terms are differentiated apart."""
+    alive = []
+
+    def count(step, **losses):
+        gc.collect()
+        alive.append(sum(torch.is_tensor(o) for o in gc.get_objects()))
+
+    monkeypatch.setattr(common, "check_finite", count)
+    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "2400")
+    assert len(alive) == 8 and max(alive[3:]) <= alive[2] + 8  # the log's few numbers are no tensors
+
+
+def test_the_full_study_runs_every_n_critic(tmp_path, digits_dir, kept):
+    out = run(tmp_path, digits_dir, kept, "--full", "--models", "sn", "wgan", "--steps", "100")
+    assert set(out) == {"log.csv"} | {f"samples_{name}-x{n}.pt" for name in ("sn", "wgan")
+                                      for n in (1, 2, 5, 20)}
+
+
+def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, kept, monkeypatch, capsys):
+    monkeypatch.setattr(gan, "LAMBDA", math.nan)
+    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--models", "wgan-gp"),
+             "loss_d is nan at step 1", status=1)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# --- the ruler ---------------------------------------------------------------------------------
+
+def rows(capsys):
+    return {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+
+
+def test_the_ruler_is_calibrated(tmp_path, digits_dir, kept, capsys):
+    """Real pictures score near 0, noise far away; copies of the data have the distance 0."""
+    args = gan.parse_args(["--data", "digits", "--data-dir", str(digits_dir)])
+    real = common.load_digits(args, train=True).x
+    torch.save(real[:300], tmp_path / "copies.pt")
+    torch.save(real[:300].flip(3), tmp_path / "mirrored.pt")
+    run(tmp_path, digits_dir, kept, "--score", str(tmp_path / "mirrored.pt"),
+        str(tmp_path / "copies.pt"))
+    found = rows(capsys)
+    fid = {name: float(found[label][-4]) for name, label in {
+        "copies": common.relative(tmp_path / "copies.pt"), "real": "training pictures",
+        "mirrored": common.relative(tmp_path / "mirrored.pt"), "noise": "noise"}.items()}
+    assert fid["real"] < fid["mirrored"] / 5 and fid["copies"] < fid["mirrored"] / 5
+    assert fid["mirrored"] < fid["noise"]
+    labels = list(found)
+    assert labels.index(common.relative(tmp_path / "copies.pt")) \
+        < labels.index(common.relative(tmp_path / "mirrored.pt"))  # best first
+    assert float(found[common.relative(tmp_path / "copies.pt")][-1]) < 1e-3
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_the_scores_are_of_the_reference_and_of_the_classes():
+    """A ruler that looks at one pixel: scores that can be told by hand."""
+    def net(x):
+        brightness = x[:, 0, 0, 0]
+        return brightness[:, None], 100 * F_one_hot((brightness > 0).long())
+
+    def F_one_hot(y):
+        return nn.functional.one_hot(y, 2).float()
+
+    x = torch.zeros(40, 1, 2, 2, dtype=torch.uint8)
+    x[:10, 0, 0, 0] = 255
+    ruler = gan.Ruler("digit", net, torch.tensor([[-1.0], [1.0]] * 20))
+    found = gan.score(ruler, x)
+    p = [0.25, 0.75]
+    assert found["KL"] == pytest.approx(sum(q * math.log(2 * q) for q in p))
+    assert found["IS"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)))
+    s, s_ref = (math.sqrt(v * 40 / 39) for v in (0.75, 1.0))  # of -1 and 1 in these shares
+    assert found["FID"] == pytest.approx(0.25 + (s - s_ref) ** 2, rel=1e-6)
+
+
+def test_the_classifier_is_kept_and_refused_when_it_does_not_fit(tmp_path, digits_dir, kept, capsys,
+                                                                 monkeypatch):
+    run(tmp_path, digits_dir, kept, "--models", "sn")
+    first = (tmp_path / kept.name).read_bytes()
+    monkeypatch.setattr(gan, "train_classifier", lambda *_: pytest.fail("trained again"))
+    run(tmp_path, digits_dir, kept, "--models", "sn")
+    assert (tmp_path / kept.name).read_bytes() == first
+    capsys.readouterr()
+    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--seed", "1"), "seed 0", "has 1")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / kept.name).write_bytes(b"no torch file")
+    one_line(capsys, lambda: run(tmp_path / "b", digits_dir, tmp_path / "none"),
+             kept.name, "does not hold net")
+
+
+def test_samples_that_cannot_be_scored_are_named(tmp_path, digits_dir, kept, capsys):
+    files = {"float.pt": torch.zeros(100, 1, 28, 28), "few.pt": torch.zeros(64, 1, 28, 28).byte(),
+             "colour.pt": torch.zeros(100, 3, 28, 28).byte(), "dict.pt": {"x": 1}}
+    for name, value in files.items():
+        torch.save(value, tmp_path / name)
+    (tmp_path / "text.pt").write_text("hello")
+    for name, words in {"float.pt": ["torch.float32"], "few.pt": ["64 pictures", "needs 65"],
+                        "colour.pt": ["[3, 28, 28]", "[1, 28, 28]"], "dict.pt": ["cannot be read"],
+                        "text.pt": ["cannot be read"], "none.pt": ["cannot be read"]}.items():
+        capsys.readouterr()
+        one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", str(tmp_path / name)),
+                 name, *words)
+
+
+def test_colour_without_inception_trains_without_scores_and_says_so(tmp_path, capsys, monkeypatch):
+    folder = folder_of_pictures(tmp_path / "p", 20, 16)
+
+    def run_folder(*flags):
+        gan.main(["--data", folder, "--size", "16", "--steps", "4", "--batch", "4", "--models",
+                  "wgan-sn", "--quick", "--out", str(tmp_path / "out"), *flags])
+
+    run_folder()
+    assert "needs 2049 real pictures" in capsys.readouterr().out
+    assert torch.load(tmp_path / "out" / "samples_wgan-sn.pt").shape == (200, 3, 16, 16)
+    one_line(capsys, lambda: run_folder("--score", "a.pt"), "2049 real pictures, p has 20")
+
+    many = common.Images(torch.zeros(2048, 3, 16, 16, dtype=torch.uint8), None, "faces")
+    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: many)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url",
+                        mock.Mock(side_effect=OSError("no network")))
+    run_folder()
+    assert "inception_v3_google" in capsys.readouterr().out
+    one_line(capsys, lambda: run_folder("--score", "a.pt"), "inception_v3_google", "put")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--models", "gan"], ["--models", "gan"]), (["--n-critic", "0"], ["--n-critic", "0"]),
+    (["--steps", "0"], ["--steps", "0"]), (["--batch", "0"], ["--batch", "0"]),
+    (["--score"], ["--score"])])
+def test_bad_flags_get_one_line(tmp_path, digits_dir, kept, capsys, flags, words):
+    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, *flags), *words)
+
+
+def test_bad_sizes_get_one_line(tmp_path, digits_dir, kept, capsys):
+    folder = folder_of_pictures(tmp_path / "p", 12, 40)
+    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--data", folder, "--size", "36"),
+             "use --size 32")
