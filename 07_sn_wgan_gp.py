@@ -8,9 +8,18 @@ Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f. Three ways to hol
          or charge E (‖∇D(x̂)‖ - 1)² between data and fakes                  -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)): sure of each, of all kinds               -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½) of features                 -> frechet_distance()
-See      TODO
-Time     TODO
-Differs  TODO
+See      samples.png; scores.png: both scores, D's loss and D's slope while training; truncation.png;
+         samples_{model}.pt, log.csv; scored.png with --score. Printed: FID and IS of a classifier of
+         the digits, KL of its classes to uniform, distance to the data, slope of D.
+         On MNIST, at equal rates and steps: vanilla FID 70, sn 75, wgan-gp 81, wgan-sn 104, wgan
+         112; real pictures 1.9 (IS 9.7), noise 543. So nothing helps where nothing breaks. What the
+         three do is in the slope: 0.8 for vanilla, and growing; 1.0 by the penalty; 0.4 and 0.2 by
+         sn, which counts on every layer's worst case at once; 0.002 by clipping.
+         Truncated z do not help this G: FID only grows (2: 76, 1: 120, 0.5: 271).
+Time     4.3 min on 2 CPU cores; --full TODO; the classifier 15 s, once (98.9 % of the test digits).
+Differs  Adam at one rate for all, for the papers' RMSprop and 1e-4; one step of D to one of G unless
+         --n-critic says more; "digit" scores come from 64 features of a small classifier: they
+         compare with each other, not with Inception's. Colour is scored by torchvision's Inception.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
@@ -130,21 +139,20 @@ def truncated_normal(n, d, limit, generator=None):
 # --- the table of models -----------------------------------------------------------------------
 
 class Model(NamedTuple):
-    """The loss, what holds D's slope, the rates of D and G, and D's steps to one of G."""
+    """The loss, what holds D's slope, and the rates of D and G."""
     wasserstein: bool = False    # else: cross-entropy, nonsaturating
     clip: bool = False
     sn: bool = False
     penalty: bool = False
     lr: tuple = (4e-3, 4e-3)
-    n_critic: int = 1
 
 
 MODELS = {
     "vanilla": Model(),
     "sn": Model(sn=True),
-    "wgan": Model(wasserstein=True, clip=True, lr=(1e-3, 2e-3), n_critic=2),
-    "wgan-sn": Model(wasserstein=True, sn=True, lr=(2e-3, 2e-3), n_critic=2),
-    "wgan-gp": Model(wasserstein=True, penalty=True, lr=(2e-3, 2e-3), n_critic=2),
+    "wgan": Model(wasserstein=True, clip=True, lr=(1e-3, 4e-3)),  # a step of 4e-3 fills the box
+    "wgan-sn": Model(wasserstein=True, sn=True),
+    "wgan-gp": Model(wasserstein=True, penalty=True),
 }
 
 
@@ -330,13 +338,12 @@ def distance(x, images):
 def train(args, name, n_critic, images, device, ruler, saved, done):
     """Trains one model; returns log, scores, pictures and G, and writes samples_{name}.pt.
 
-    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it;
-    n_critic: D's steps to one of G, 0 for the model's own.
-    All runs make --steps steps of D and of G together: a high n_critic is paid for with steps of G.
+    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
+    n_critic: D's steps to one of G. All runs make --steps steps of D and G together, so
+    that a high n_critic is paid for with steps of G.
     """
     torch.manual_seed(args.seed)
     model, (c, side), label = MODELS[name], images.x.shape[1:3], run_name(name, n_critic)
-    n_critic = n_critic or model.n_critic
     steps = max(1, round(args.steps / (1 + n_critic)))
     z_fixed = torch.randn(args.n_samples, Z).to(device)  # the same for every model
     G, D = generator(c, side).to(device), discriminator(c, side, model.sn).to(device)
@@ -407,7 +414,7 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
 
 
 def run_name(name, n_critic):
-    return f"{name}-x{n_critic}" if n_critic else name
+    return name if n_critic == 1 else f"{name}-x{n_critic}"
 
 
 def clip(net, limit):
@@ -443,16 +450,15 @@ def figures(args, images, runs, done):
     title = f"{images.name}, seed {args.seed}, {args.steps:,} steps of D and G together"
     rows = {n: [label for label, run in runs.items() if run[1] == n] for _, n in runs.values()}
     common.save_panels(args.out / "samples.png", [
-        (f"n_critic {n}" if n else "", [("data\n", show(images.x))] + [
+        (f"n_critic {n}", [("data\n", show(images.x))] + [
             (titled(label, done[label]), show(done[label]["pictures"])) for label in labels])
         for n, labels in rows.items()], f"{title}, same z")
     columns = [column for column in ("FID", "IS", "loss_d", "slope")
                if column in next(iter(done.values()))["log"][0]]
-    common.save_panels(args.out / "scores.png", [
-        (f"n_critic {n}" if n else "", [
-            (column, lambda ax, column=column, labels=labels: draw_trends(
-                ax, {label: done[label]["log"] for label in labels}, column))
-            for column in columns]) for n, labels in rows.items()], f"{title}, thick: trend")
+    common.save_panels(args.out / "scores.png", [("", [
+        (f"{column}, n_critic {n}", lambda ax, column=column, labels=labels: draw_trends(
+            ax, {label: done[label]["log"] for label in labels}, column))
+        for column in columns]) for n, labels in rows.items()], f"{title}, thick: trend")
     common.write_log(args.out / "log.csv", [row for run in done.values() for row in run["log"]])
 
 
@@ -462,9 +468,8 @@ def draw_trends(ax, logs, column):
         steps, values = [row["step"] for row in log], [row[column] for row in log]
         ax.plot(steps, values, f"C{colour}", linewidth=0.6, alpha=0.5)
         ax.plot(steps, trend(values), f"C{colour}", label=label)
-    if column in ("FID", "slope"):
+    if column == "slope":
         ax.set_yscale("log")
-    if column == "FID":
         ax.legend(fontsize=6)
     ax.set_xlabel("step of D or G")
 
@@ -543,15 +548,11 @@ def score_files(args, images, ruler, device):
                for label, pictures in x.items()}
     results = dict(sorted(results.items(), key=lambda item: item[1]["FID"]))
     cells = [("data\n", show(images.x))] + [
-        (titled(short(label), numbers), show(x[label])) for label, numbers in results.items()]
+        (titled("\n".join(Path(label).with_suffix("").parts[-2:]), numbers), show(x[label]))
+        for label, numbers in results.items()]
     common.save_panels(args.out / "scored.png", [
         ("", cells[i:i + 6]) for i in range(0, len(cells), 6)], f"{ruler.name} scores, {images.name}")
     print_scores(ruler, results | calibration(ruler, images), ["FID", "IS", "KL", "distance"])
-
-
-def short(label):
-    """The last folder and the file's name, for a title."""
-    return "/".join(Path(label).with_suffix("").parts[-2:])
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -561,20 +562,20 @@ def parse_args(argv=None):
     g = p.add_argument_group("models")
     g.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
                    help=f"{', '.join(MODELS)}")
-    g.add_argument("--n-critic", nargs="+", type=common.positive_int, default=[0], metavar="N",
-                   help="D's steps to one of G, one run for each; else the model's own")
+    g.add_argument("--n-critic", nargs="+", type=common.positive_int, default=[1], metavar="N",
+                   help="D's steps to one of G; one run for each")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=common.positive_int, default=1200,
                    help="of D and G together, in each run")
     g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
     g.add_argument("--full", action="store_true",
-                   help="the study: n_critic 1, 2, 5, 20, and five times the steps")
+                   help="the study: n_critic 1, 2, 5, 20, and twice the steps")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
                    help="no training: score samples.pt of any chapter, or your own uint8 tensor")
     args = p.parse_args(argv)
     if args.full:
-        args.n_critic, args.steps = [1, 2, 5, 20], 5 * args.steps
+        args.n_critic, args.steps = [1, 2, 5, 20], 2 * args.steps
     args.classifier_steps = 20 if args.quick else 1000
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"

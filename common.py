@@ -113,15 +113,32 @@ def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (dra
     return p
 
 
+def short_end(kind, error, trace):
+    """sys.excepthook: one line for Ctrl-C between two trainings, where nothing is to be saved."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped; files are whole, and --resume goes on after the last checkpoint",
+              file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def start(args):
     """Makes the output folder, seeds torch, picks the device and says which; returns the device."""
+    sys.excepthook = short_end
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        probe = args.out / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock = os.open(args.out / ".lock", os.O_RDWR | os.O_CREAT)  # open until the process ends
     except OSError as e:
         fail(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out")
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: nothing refuses a second run there
+        pass
+    except OSError:
+        fail(f"another run is writing to {args.out}: wait for it, or choose another --out")
+    for left in args.out.glob("*.tmp"):  # by a run that was killed while it wrote
+        left.unlink()
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(args.device or best)
@@ -386,9 +403,9 @@ def load_digits(args, train):
     with contextlib.suppress(Exception):  # a missing or broken file is drawn anew
         return Images(*torch.load(kept, weights_only=True)[train], "drawn digits")
     both = [draw_digits(4_000, seed=1), draw_digits(20_000, seed=0)]
-    with contextlib.suppress(OSError):  # a folder that cannot be written costs seconds, no more
+    with contextlib.suppress(OSError, RuntimeError):  # not kept: that costs seconds, no more
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save(both, kept)
+        replace(kept, lambda file: torch.save(both, file))
     return Images(*both[train], "drawn digits")
 
 
@@ -450,7 +467,7 @@ def plot_curves(path, log, columns, line, title=""):
 
 
 def save_figure(fig, path):
-    fig.savefig(path, dpi=110)
+    write_whole(path, lambda file: fig.savefig(file, dpi=110, format="png"))
     plt.close(fig)
     print(f"wrote {relative(path)}")
 
@@ -537,9 +554,18 @@ def replace(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_whole(path, write):
+    """replace(), or the end of the run with one line: a full disk, a folder that was closed."""
+    try:
+        replace(path, write)
+    except (OSError, RuntimeError) as e:  # torch says RuntimeError for a full disk
+        fail(f"cannot write {relative(path)} ({str(e).splitlines()[0]}); what was there is kept",
+             status=1)
+
+
 def save(value, path):
     """torch.save, atomically."""
-    replace(path, lambda file: torch.save(value, file))
+    write_whole(path, lambda file: torch.save(value, file))
 
 
 def write_log(path, log):
@@ -552,7 +578,7 @@ def write_log(path, log):
             writer.writeheader()
             writer.writerows(log)
 
-    replace(path, write)
+    write_whole(path, write)
 
 
 def settings(args):

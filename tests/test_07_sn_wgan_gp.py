@@ -559,7 +559,7 @@ def test_wgan_keeps_its_weights_in_the_box_and_no_other(tmp_path, digits_dir, ke
 @pytest.mark.parametrize("name, column", [
     ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"clip": False}),
     ("wgan-sn", {"wasserstein": False}), ("wgan-gp", {"penalty": False}),
-    ("wgan-gp", {"n_critic": 1}), ("vanilla", {"lr": (1e-3, 4e-3)}),
+    ("vanilla", {"lr": (1e-3, 4e-3)}),
     ("vanilla", {"lr": (4e-3, 1e-3)})])
 def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, kept, monkeypatch,
                                                         name, column):
@@ -589,17 +589,17 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, monkeyp
 
     def count(step, **losses):
         gc.collect()
-        alive.append(sum(torch.is_tensor(o) for o in gc.get_objects()))
+        alive.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
 
     monkeypatch.setattr(common, "check_finite", count)
-    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "2400")
-    assert len(alive) == 8 and max(alive[3:]) <= alive[2] + 8  # the log's few numbers are no tensors
+    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "1600")
+    assert len(alive) == 8 and max(alive[3:]) <= alive[2]
 
 
 def test_the_full_study_runs_every_n_critic(tmp_path, digits_dir, kept):
     out = run(tmp_path, digits_dir, kept, "--full", "--models", "sn", "wgan", "--steps", "100")
     assert set(out) == {"log.csv"} | {f"samples_{name}-x{n}.pt" for name in ("sn", "wgan")
-                                      for n in (1, 2, 5, 20)}
+                                      for n in (2, 5, 20)} | {"samples_sn.pt", "samples_wgan.pt"}
 
 
 def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, kept, monkeypatch, capsys):

@@ -4,6 +4,9 @@ import importlib
 import math
 import signal
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +309,64 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         common.replace(path, half)
     assert torch.equal(torch.load(path), torch.ones(3)) and list(tmp_path.iterdir()) == [path]
+
+
+def in_new_process(code, *args):
+    """Runs code, which sees common and its arguments in sys.argv, in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", f"import sys, common\n{code}", *map(str, args)],
+                            cwd=Path(common.__file__).parent, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_full_disk_gives_one_line_and_leaves_the_old_file(tmp_path):
+    """A process that may not write more than 2,000 bytes into a file."""
+    common.save(torch.ones(3), tmp_path / "x.pt")
+    for code in ("common.save(torch.zeros(9999), path)",
+                 "common.write_log(path, [{'step': 10 ** 3000}])",
+                 "common.save_panels(path, [('', [('', lambda ax: None)])])"):
+        run = in_new_process(f"""
+import resource, torch, pathlib
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.set_int_max_str_digits(0)
+path = pathlib.Path(sys.argv[1])
+{code}""", tmp_path / "x.pt")
+        error = run.communicate()[1]
+        assert run.returncode == 1 and error.count("\n") == 1, error
+        assert "x.pt" in error and "cannot write" in error
+        assert torch.equal(torch.load(tmp_path / "x.pt"), torch.ones(3))
+        assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+START = """
+args = common.parser("", "03_unrolled_gan.py").parse_args(["--out", sys.argv[1]])
+common.start(args)
+print("ready", flush=True)
+sys.stdin.read()"""
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(tmp_path):
+    first = in_new_process(START, tmp_path)
+    while "ready" not in first.stdout.readline():
+        pass
+    second = in_new_process(START, tmp_path)
+    error = second.communicate()[1]
+    assert second.returncode == 2 and error.count("\n") == 1 and "another run" in error
+    first.kill()
+    first.communicate()
+    (tmp_path / "checkpoint.pt.17.tmp").touch()  # what a kill in the middle of a write leaves
+    third = in_new_process(START, tmp_path)
+    assert "ready" in third.communicate()[0]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_ctrl_c_outside_of_a_training_gives_one_line(tmp_path):
+    run = in_new_process("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+                         + START, tmp_path)
+    while "ready" not in run.stdout.readline():
+        pass
+    run.send_signal(signal.SIGINT)
+    error = run.communicate()[1].strip()
+    assert run.returncode not in (0, None) and error.count("\n") == 0 and "stopped" in error
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
