@@ -504,8 +504,9 @@ def train(args, name, images, device, saved, done):
                 if method.d is began_d:
                     k = began_k(k, real, fake, LAMBDA_K, GAMMA)
                 if method.clip:
-                    for p in D.parameters():
-                        p.data.clamp_(-CLIP, CLIP)
+                    with torch.no_grad():
+                        for p in D.parameters():
+                            p.clamp_(-CLIP, CLIP)
 
             # G's half: descend its loss through D, D untouched
             for g_step in range(args.g_steps):

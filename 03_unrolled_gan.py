@@ -23,7 +23,6 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 import common
@@ -50,7 +49,7 @@ def value(D, theta, x, x_fake):
     D returns logits [B]; theta: its parameters by name; x, x_fake: [B, ...], equal shapes.
     D maximises it, G minimises it. -2 log 2 = -1.386 when D cannot tell the two apart.
     """
-    logits = functional_call(D, theta, (torch.cat([x, x_fake]),))  # one pass for both halves
+    logits = torch.func.functional_call(D, theta, (torch.cat([x, x_fake]),))  # one pass
     logits_real, logits_fake = logits.split(len(x))
     return F.logsigmoid(logits_real).mean() + F.logsigmoid(-logits_fake).mean()
 
@@ -84,7 +83,7 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     theta = unroll(D, x, x_fake, k, eta, exact)
     if saturating:
         return value(D, theta, x, x_fake)
-    return -F.logsigmoid(functional_call(D, theta, (x_fake,))).mean()
+    return -F.logsigmoid(torch.func.functional_call(D, theta, (x_fake,))).mean()
 
 
 # --- model -------------------------------------------------------------------------------------

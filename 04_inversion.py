@@ -31,7 +31,6 @@ from torchvision.utils import draw_bounding_boxes
 import common
 
 LR, LR_E, ADAM_BETAS = 4e-3, 4e-3, (0.0, 0.999)  # rates of G and D, and of E; betas of G and D
-Z_BETAS = (0.9, 0.9)             # of z: (0.9, 0.999) takes more than twice the steps
 FOUND = 0.001                    # mean squared error below which a picture counts as found again
 N_SELF, N_TEST = 200, 500        # pictures of G, and of the test set, that are inverted
 N_SAMPLES = 10_000               # pictures in samples.pt
@@ -58,7 +57,7 @@ def invert(G, x, z0, steps, lr):
     n, r, d = z0.shape
     z = z0.detach().clone().view(n * r, d).requires_grad_()  # Adam moves it in place
     target = x.repeat_interleave(r, dim=0)
-    opt = torch.optim.Adam([z], lr=lr, betas=Z_BETAS)
+    opt = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.9))  # 0.999: twice the steps
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     errors = []
     for _ in range(steps):

@@ -34,7 +34,6 @@ from torchvision.transforms import functional as TF
 import common
 
 LR, ADAM_BETAS = 4e-3, (0.0, 0.999)  # of G and D
-Z_BETAS = (0.9, 0.9)             # of z: (0.9, 0.999) takes more than twice the steps
 N_TEST, N_NOISE = 200, 60        # test pictures for each mask, and for each level of noise
 N_POOL = 2000                    # random z; those whose pictures fit y best are the starts
 N_SAMPLES = 10_000               # pictures in samples.pt
@@ -62,7 +61,7 @@ def restore(G, y, mask, z0, steps, lr, lam):
     n, r, d = z0.shape
     z = z0.detach().clone().view(n * r, d).requires_grad_()  # Adam moves it in place
     y, mask = (a.repeat_interleave(r, dim=0) for a in (y, mask))
-    opt = torch.optim.Adam([z], lr=lr, betas=Z_BETAS)
+    opt = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.9))  # 0.999: twice the steps
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
 
     def objective():

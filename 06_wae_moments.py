@@ -32,15 +32,17 @@ from torch.nn import functional as F
 
 import common
 
-NORMAL = torch.tensor([[0.0], [1.0], [3.0]])  # mean, variance, kurtosis of N(0, 1)
-SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel: the code of Tolstikhin et al. 2018
-EPOCHS = 14                      # parts of the training; λ doubles after each, 11 times
 HIDDEN = 512                     # width of the layer beside the code, both sides
 N_SAMPLES, N_CODES = 10_000, 2000  # pictures in samples_{model}.pt; codes compared with N(0, I)
 SHOTS = (0.07, 0.25, 0.5, 1.0)   # shares of the training after which the CDF is kept
 
 
 # --- the idea ----------------------------------------------------------------------------------
+
+NORMAL = torch.tensor([[0.0], [1.0], [3.0]])  # mean, variance, kurtosis of N(0, 1)
+SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel: the code of Tolstikhin et al. 2018
+EPOCHS = 14                      # parts of the training; λ doubles after each, 11 times
+
 
 def moments(z):
     """Mean, variance and kurtosis of each coordinate of z [B, d]: three tensors [d].

@@ -1,7 +1,10 @@
 """Every script as a user runs it: python 0N_name.py --quick ends well and leaves its files."""
 
+import builtins
 import csv
+import dis
 import importlib
+import inspect
 import math
 import re
 import subprocess
@@ -41,6 +44,23 @@ def test_help_shows_the_chapter_and_every_flag_is_used(script, capsys):
     assert stop.value.code == 0 and "Idea" in shown
     for flag in re.findall(r"^  (?:-\w, )?--([a-z-]+)", shown, re.MULTILINE):
         assert flag == "help" or f"args.{flag.replace('-', '_')}" in source, f"--{flag} is not used"
+
+
+def globals_of(code):
+    """Names that a code object, and those within it, look up outside."""
+    inner = [c for c in code.co_consts if inspect.iscode(c)]
+    return {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}.union(
+        *map(globals_of, inner))
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:7])
+def test_the_idea_stands_alone(script):
+    """README: paste this section, import math and torch, and every function finds all it calls."""
+    _, found, rest = (ROOT / script).read_text().partition("# --- the idea")
+    code = compile(rest[rest.index("\n"):].partition("# --- ")[0], script, "exec")
+    idea = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    exec(code, idea)
+    assert found and globals_of(code) <= idea.keys() | vars(builtins).keys() | {"math"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
