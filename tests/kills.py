@@ -1,0 +1,81 @@
+"""Kills every training script at random moments, resumes it, and compares with the straight run.
+
+python tests/kills.py [--kills 4] [--seed 0]: SIGKILL and SIGINT by turns. Ends with status 1 if any
+number, log or sample differs, or if a file that is left cannot be read.
+"""
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import common
+from harness import results, same
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("0[1-7]_*.py"))
+
+
+def run(script, out, data):
+    """A --quick run of longer training than usual, so that more than imports can be hit."""
+    longer = ["--steps", "3000"] if script != "03_unrolled_gan.py" else []
+    return subprocess.Popen([sys.executable, ROOT / script, "--quick", "--resume", *longer,
+                             "--out", out, "--data-dir", data],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(script, out, data):
+    """Lets a run end; its seconds, and what it left."""
+    began = time.monotonic()
+    process = run(script, out, data)
+    error = process.communicate()[1]
+    if process.returncode:
+        sys.exit(f"{script} ended with status {process.returncode}: {error}")
+    return time.monotonic() - began, results(out)
+
+
+def kill(script, out, data, after, sign):
+    """Starts a run, kills it after so many seconds, reads what it left; False if it ended before."""
+    process = run(script, out, data)
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(sign)
+    error = process.communicate()[1]
+    if "Traceback" in error and "<frozen importlib" not in error:  # that is before our first line
+        sys.exit(f"{script}, killed by {sign.name}: {error}")
+    for file in out.glob("*.pt"):
+        torch.load(file, weights_only=True)
+    return process.returncode != 0
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--kills", type=common.positive_int, default=4, help="of each script")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    rng, rows, lost = random.Random(args.seed), [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for script in SCRIPTS:
+            seconds, straight = finish(script, folder / script / "straight", folder / "data")
+            hit = sum(kill(script, folder / script / "killed", folder / "data",
+                           rng.uniform(0.4, 0.95) * seconds, sign)
+                      for _, sign in zip(range(args.kills), [signal.SIGKILL, signal.SIGINT] * 99))
+            equal = same(finish(script, folder / script / "killed", folder / "data")[1], straight)
+            lost += not equal
+            rows.append([script, f"{seconds:.0f}", str(hit), "equal" if equal else "DIFFERENT"])
+            print(*rows[-1], flush=True)
+    common.print_table(["script", "seconds", "killed", "the end"], rows)
+    sys.exit(lost > 0)
+
+
+if __name__ == "__main__":
+    main()
