@@ -377,7 +377,7 @@ def main(argv=None):
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     c, h, w = images.x.shape[1:]
-    if h != w or h % 4:
+    if h % 4:
         common.fail(f"the pictures are {w}x{h}, the networks need squares with sides divisible "
                     "by 4")
     done = saved["done"] if saved else {}

@@ -240,7 +240,8 @@ def kl_to_uniform(counts):
     """Σ p log(K p), nats, p = counts / sum: 0 if all K are equal, log K if one has all."""
     if counts.sum() == 0:
         return math.nan  # no sample was counted: there is no histogram
-    p = counts.double() / counts.sum()
+    p = counts.cpu().double()
+    p = p / p.sum()
     return torch.special.xlogy(p, len(p) * p).sum().item()
 
 

@@ -154,7 +154,7 @@ def neighbours(y, mask):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
     halvings = max(1, int(math.log2(side / 4)))
     return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -432,8 +432,8 @@ def check(args, images):
     """Ends the run if the flags do not fit the data."""
     c, h, w = images.x.shape[1:]
     widths, small = channels(h)
-    fits = small * 2 ** len(widths)
-    if h != w or h != fits:
+    fits = max(4, small * 2 ** len(widths))
+    if h != fits:
         common.fail(f"the pictures are {w}x{h}, G draws {fits}x{fits}: use --size {fits}")
     if min(args.batch, len(images.x)) < 2:
         common.fail("batch norm needs more than one picture: use --batch 2 or more")

@@ -364,7 +364,7 @@ def parse_args(argv=None):
 def check(args, images, test):
     """Ends the run if the flags do not fit the data."""
     c, h, w = images.x.shape[1:]
-    if h != w or h % 4:
+    if h % 4:
         common.fail(f"the pictures are {w}x{h}, the networks need squares with sides divisible "
                     "by 4")
     if min(args.batch, len(images.x)) < 2:

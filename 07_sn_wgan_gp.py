@@ -11,15 +11,17 @@ Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f. Three ways to hol
 See      samples.png; scores.png: both scores, D's loss and D's slope while training; truncation.png;
          samples_{model}.pt, log.csv; scored.png with --score. Printed: FID and IS of a classifier of
          the digits, KL of its classes to uniform, distance to the data, slope of D.
-         On MNIST, at equal rates and steps: vanilla FID 70, sn 75, wgan-gp 81, wgan-sn 104, wgan
-         112; real pictures 1.9 (IS 9.7), noise 543. So nothing helps where nothing breaks. What the
-         three do is in the slope: 0.8 for vanilla, and growing; 1.0 by the penalty; 0.4 and 0.2 by
-         sn, which counts on every layer's worst case at once; 0.002 by clipping.
+         On MNIST, 600 steps of D and of G: vanilla FID 70, sn 75, wgan-gp 81, wgan-sn 104, wgan 112;
+         real pictures 1.9 (IS 9.7), noise 543. One seed does not tell the first three apart: where
+         nothing breaks, nothing is to be stabilised. What the three do is in the slope of D: 0.8 for
+         vanilla, and growing; 1.0 by the penalty; 0.4 and 0.2 by sn, which bounds the product of the
+         layers' norms, a bound that no picture reaches; 0.002 by clipping.
          Truncated z do not help this G: FID only grows (2: 76, 1: 120, 0.5: 271).
 Time     4.3 min on 2 CPU cores; --full TODO; the classifier 15 s, once (98.9 % of the test digits).
-Differs  Adam at one rate for all, for the papers' RMSprop and 1e-4; one step of D to one of G unless
-         --n-critic says more; "digit" scores come from 64 features of a small classifier: they
-         compare with each other, not with Inception's. Colour is scored by torchvision's Inception.
+Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0; Arjovsky: RMSprop 5e-5,
+         Gulrajani: Adam 1e-4, both five steps of D to one of G, here one. "digit" scores come from
+         64 features of a small classifier, those of colour from torchvision's Inception: neither
+         compares with published ones.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
@@ -51,11 +53,12 @@ LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, math.inf)  # of the truncated z
 def spectral_norm(weight, u, n_iter=1):
     """(σ, u): σ close to the largest singular value of weight [out, ...] seen as [out, rest].
 
-    n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖, u = W v / ‖W v‖, then σ = ‖Wᵀu‖ (Miyato et
-    al. 2018, alg. 1). u [out]: of length 1, from the call before: weights move little in a step, so
-    one round a step is enough to follow them. σ is never above the true value; its gradient in the
-    weight treats u and v as constants. Of a convolution it is the matrix that is normalised, as in
-    the paper: its slope may be larger, by at most √(number of outputs that a pixel takes part in).
+    n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖, u = W v / ‖W v‖, and then σ = ‖Wᵀu‖: half a
+    round more than Miyato et al. 2018, alg. 1, so that v need not be kept. u [out]: of length 1,
+    from the call before: weights move little in a step, so one round a call follows them. σ is
+    never above the true value; its gradient in the weight treats u and v as constants. Of a
+    convolution it is the matrix that is normalised, as in the paper; the convolution's slope may be
+    larger, by at most √(patches that hold a pixel): 2 for kernels of 4x4 with stride 2.
     """
     matrix = weight.flatten(1)
     with torch.no_grad():
@@ -64,6 +67,23 @@ def spectral_norm(weight, u, n_iter=1):
             u = F.normalize(matrix @ v, dim=0)
         v = F.normalize(matrix.T @ u, dim=0)
     return u @ matrix @ v, u
+
+
+class SpectralNorm(nn.Module):
+    """weight -> weight / σ: parametrize.register_parametrization(layer, "weight", SpectralNorm(w)).
+
+    Keeps u from call to call, and moves it in training mode alone.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(len(weight)).to(weight), dim=0))
+
+    def forward(self, weight):
+        sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
+        if self.training:
+            self.u = u
+        return weight / sigma
 
 
 def gradient_norms(critic, x):
@@ -80,6 +100,7 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
     """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
     One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
+    Add 10 times this to the critic's loss; x_fake detached, for G has no part in it.
     """
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
@@ -87,14 +108,17 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
 
 
 def inception_score(probs, splits=1):
-    """exp E_x KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts of equal size.
+    """exp E_x KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts.
 
     probs [N, K]: rows of probabilities, in an order of no meaning (shuffle first). From 1 (all rows
-    equal) to K (each row sure of one class, all classes equally often). Raises ValueError if a row
-    does not sum to 1 (logits, or normalised twice), or if there are fewer rows than splits.
+    equal) to K (each row sure of one class, all classes equally often). A softmax taken twice still
+    gives rows of probabilities, and a score near 1. Raises ValueError for rows that are none
+    (logits), and for fewer rows than splits.
     """
-    if len(probs) < splits or (probs.sum(dim=1) - 1).abs().max() > 1e-3 or probs.min() < 0:
-        raise ValueError(f"{tuple(probs.shape)} in {splits} splits: needs rows of probabilities")
+    if not 1 <= splits <= len(probs):
+        raise ValueError(f"{len(probs)} rows do not make {splits} splits")
+    if not (((probs.sum(dim=1) - 1).abs() < 1e-3) & (probs >= 0).all(dim=1)).all():
+        raise ValueError("the rows are no probabilities: take the softmax of logits first")
     scores = []
     for part in probs.double().tensor_split(splits):
         p_y = part.mean(dim=0)
@@ -129,7 +153,10 @@ def truncated_normal(n, d, limit, generator=None):
     """n draws of N(0, I) in d dimensions, every coordinate drawn again until it is within ±limit.
 
     The truncation trick (Brock et al. 2019, arXiv:1809.11096): fewer kinds, each nearer the typical.
+    Raises ValueError for a limit that is not above 0.
     """
+    if not limit > 0:
+        raise ValueError(f"no draw lies within ±{limit}")
     z = torch.randn(n, d, generator=generator)
     while (outside := z.abs() > limit).any():
         z[outside] = torch.randn(int(outside.sum()), generator=generator)
@@ -159,7 +186,7 @@ MODELS = {
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
     halvings = max(1, int(math.log2(side / 4)))
     return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -175,21 +202,7 @@ def generator(c, side):
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)
-
-
-class SpectralNorm(nn.Module):
-    """weight -> weight / σ. Keeps u from call to call, and moves it in training mode alone."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("u", F.normalize(torch.randn(len(weight)).to(weight), dim=0))
-
-    def forward(self, weight):
-        sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
-        if self.training:
-            self.u = u
-        return weight / sigma
+    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)  # faster
 
 
 def discriminator(c, side, sn):
@@ -240,40 +253,41 @@ class Inception(nn.Module):
 # --- scores ------------------------------------------------------------------------------------
 
 class Ruler(NamedTuple):
-    """What scores are read with, and the features of the real pictures they are compared with."""
-    name: str                    # "digit" or "Inception": scores of two rulers do not compare
+    """What scores are read with; those of two rulers do not compare."""
+    name: str                    # "digit", "fashion" or "Inception"
     net: Callable                # x in [-1, 1] -> features [B, d], logits [B, K]
-    reference: torch.Tensor      # [N, d]
+    reference: torch.Tensor      # features of real pictures [N, d], on the CPU
+    real: torch.Tensor           # other real pictures, uint8, to see what a perfect score is
 
 
 def make_ruler(args, images, test, device):
-    """The ruler for this data; None if there is none, which is said, or ends a run of --score."""
+    """The ruler for this data and "", or None and why there is none."""
     if images.x.shape[1] == 1:
-        net = classifier(args, images, test, device)
-        return Ruler("digit", net, look(net, test.x)[0])
+        name = "fashion" if images.name.startswith("Fashion") else "digit"
+        net = classifier(args, name, images, test, device)
+        return Ruler(name, net, read(net, test.x)[0], images.x[-N_SAMPLES:]), ""
     weights, d = Inception_V3_Weights.IMAGENET1K_V1, 2048
-    refuse = common.fail if args.score else print
-    if len(images.x) + len(test.x) <= d:
-        return refuse(f"no scores: a distance of {d} features needs {d + 1} real pictures, "
-                      f"{images.name} has {len(images.x) + len(test.x)}")
+    reference, real = (test.x, images.x) if len(test.x) > d else (images.x[::2], images.x[1::2])
+    if min(len(real), args.n_samples) <= d:
+        return None, (f"a distance of {d} features needs {d + 1} samples and {2 * d + 2} training "
+                      f"pictures; here are {args.n_samples} and {len(images.x)}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
     try:
-        net = Inception(weights.get_state_dict(check_hash=True, weights_only=True)).to(device).eval()
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception:  # no network, or a broken file: the answer is the same
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        return refuse(f"no scores: colour pictures are scored by Inception v3, and its weights "
-                      f"cannot be had: put torchvision's {Path(weights.url).name} into {folder}")
+        return None, (f"colour pictures are scored by Inception v3, and its weights cannot be had: "
+                      f"put torchvision's {Path(weights.url).name} into {folder}")
     finally:
         socket.setdefaulttimeout(before)
-    # the test part alone is the fairer reference, if it is large enough
-    real = test.x if len(test.x) > d else torch.cat([test.x, images.x])
-    return Ruler("Inception", net, look(net, real[:N_SAMPLES])[0])
+    net = Inception(state).to(device).eval()
+    return Ruler("Inception", net, read(net, reference[:N_SAMPLES])[0], real[:N_SAMPLES]), ""
 
 
-def classifier(args, images, test, device):
+def classifier(args, name, images, test, device):
     """A classifier of the data: that of a run before, or trained now and kept."""
-    path = common.kept_path(args, "classifier")
+    path = common.kept_path(args, f"{name}_classifier")
     expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
                 "steps": str(args.classifier_steps), "seed": str(args.seed)}
     net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(device)
@@ -283,8 +297,8 @@ def classifier(args, images, test, device):
     else:
         train_classifier(args, net, images)
         common.save({"settings": expected, "net": net.state_dict()}, path)
-    correct = look(net.eval(), test.x)[1].argmax(dim=1) == test.y
-    print(f"the classifier reads {100 * correct.double().mean().item():.2f} % of the test pictures")
+    correct = read(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
+    print(f"the classifier reads {100 * correct.float().mean().item():.2f} % of the test pictures")
     return net
 
 
@@ -305,18 +319,19 @@ def train_classifier(args, net, images):
 
 
 @torch.no_grad()
-def look(net, x):
-    """Features and class probabilities of pictures uint8 [N, C, H, W], a few at a time."""
-    pairs = [net(common.to_float(part)) for part in x.split(500)]
-    features, logits = (torch.cat(parts) for parts in zip(*pairs))
+def read(net, x):
+    """Features and class probabilities of pictures uint8 [N, C, H, W], on the CPU."""
+    some = max(1, 400_000 // x[0].numel())  # pictures at a time: Inception's maps are large
+    pairs = [net(common.to_float(part)) for part in x.split(some)]
+    features, logits = (torch.cat(parts).cpu() for parts in zip(*pairs))
     return features, logits.softmax(dim=1)
 
 
 def score(ruler, x):
-    """FID to the ruler's reference, IS, and for digits the KL of classes to uniform in nats."""
-    features, probs = look(ruler.net, x)
+    """FID to the ruler's reference, IS, and KL of a classifier's classes to uniform in nats."""
+    features, probs = read(ruler.net, x)
     numbers = {"FID": frechet_distance(features, ruler.reference), "IS": inception_score(probs)[0]}
-    if ruler.name == "digit":
+    if ruler.name != "Inception":
         k = probs.shape[1]
         p = torch.bincount(probs.argmax(dim=1), minlength=k).double() / len(probs)
         numbers["KL"] = torch.special.xlogy(p, k * p).sum().item()
@@ -381,7 +396,7 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
                 if model.clip:
                     clip(D, CLIP)
 
-            # G's half: -E log σ(D(G(z))), or -E D(G(z)); D untouched
+            # G's half: -E log σ(D(G(z))), or -E D(G(z)); D's weights untouched
             fake = D(x_fake)
             loss_g = -fake.mean() if model.wasserstein else F.softplus(-fake).mean()
             opt_g.zero_grad()
@@ -396,16 +411,16 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
             if milestone:
                 slope = gradient_norms(D.eval(), torch.cat([x, x_fake])).mean().item()
                 D.train()
-                log.append({"model": label, "step": step * (1 + n_critic), "loss_d": loss_d.item(),
-                            "loss_g": loss_g.item(), "slope": slope})
-                if ruler and ruler.name == "digit":  # Inception would take minutes each time
-                    log[-1] |= score(ruler, common.to_uint8(generate(G, z_fixed[:args.n_score])))
+                log.append({"model": label, "step": step, "updates": step * (1 + n_critic),
+                            "loss_d": loss_d.item(), "loss_g": loss_g.item(), "slope": slope})
+                if ruler and ruler.name != "Inception":  # that would take minutes each time
+                    log[-1] |= score(ruler, generate(G, z_fixed[:args.n_score]))
             if milestone or pressed():
                 common.save_checkpoint(args, parts, model=label, step=step, log=log, done=done)
             if pressed():
                 common.stop(step)
 
-    samples = common.to_uint8(generate(G, z_fixed))
+    samples = generate(G, z_fixed)
     common.save(samples.cpu(), args.out / f"samples_{label}.pt")
     return {"log": log, "pictures": samples[:64].cpu(), "slope": log[-1]["slope"],
             "G": {key: value.cpu() for key, value in G.state_dict().items()},
@@ -418,7 +433,11 @@ def run_name(name, n_critic):
 
 
 def clip(net, limit):
-    """Every parameter into [-limit, limit]: the slope stays below a bound that no formula tells."""
+    """Every parameter into [-limit, limit].
+
+    Holds the slope below Π limit √(weights of a layer), times 2 for each convolution with strides:
+    0.92 for 28x28 grey pixels and 0.01. What training reaches is a small part of it.
+    """
     with torch.no_grad():
         for p in net.parameters():
             p.clamp_(-limit, limit)
@@ -426,52 +445,48 @@ def clip(net, limit):
 
 @torch.no_grad()
 def generate(G, z):
-    """G(z) with the batch norm of evaluation, a thousand at a time."""
+    """G(z) with the batch norm of evaluation, a thousand at a time, as uint8."""
     G.eval()
-    x = torch.cat([G(part) for part in z.split(1000)])
+    x = torch.cat([common.to_uint8(G(part)) for part in z.split(1000)])
     G.train()
     return x
 
 
 # --- figures -----------------------------------------------------------------------------------
 
-def show(x):
-    return lambda ax: common.draw_images(ax, x[:64])
-
-
-def titled(label, numbers):
-    """A panel's title: the name, and the scores if there are any."""
-    found = [f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers]
-    return f"{label}\n{', '.join(found)}"
+def panel(title, x, numbers=()):
+    """A panel for save_panels: 64 of the pictures, titled with the scores if there are any."""
+    found = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
+    return f"{title}\n{found}", lambda ax: common.draw_images(ax, x[:64])
 
 
 def figures(args, images, runs, done):
     """samples.png, scores.png and log.csv; a row for each n_critic that was asked for."""
     title = f"{images.name}, seed {args.seed}, {args.steps:,} steps of D and G together"
-    rows = {n: [label for label, run in runs.items() if run[1] == n] for _, n in runs.values()}
+    rows = {n: {label: done[label] for label, run in runs.items() if run[1] == n}
+            for n in args.n_critic}
     common.save_panels(args.out / "samples.png", [
-        (f"n_critic {n}", [("data\n", show(images.x))] + [
-            (titled(label, done[label]), show(done[label]["pictures"])) for label in labels])
-        for n, labels in rows.items()], f"{title}, same z")
-    columns = [column for column in ("FID", "IS", "loss_d", "slope")
+        (f"n_critic {n}", [panel("data", images.x), *(panel(label, run["pictures"], run)
+                                                      for label, run in row.items())])
+        for n, row in rows.items()], f"{title}, same z")
+    columns = [column for column in ("FID", "IS", "slope")
                if column in next(iter(done.values()))["log"][0]]
     common.save_panels(args.out / "scores.png", [("", [
-        (f"{column}, n_critic {n}", lambda ax, column=column, labels=labels: draw_trends(
-            ax, {label: done[label]["log"] for label in labels}, column))
-        for column in columns]) for n, labels in rows.items()], f"{title}, thick: trend")
+        (f"{column}, n_critic {n}", lambda ax, row=row, column=column: draw_trends(ax, row, column))
+        for column in columns]) for n, row in rows.items()], f"{title}\nthick: trend")
     common.write_log(args.out / "log.csv", [row for run in done.values() for row in run["log"]])
 
 
-def draw_trends(ax, logs, column):
-    """A column of each log against the step, thin, and its exponential moving average, thick."""
-    for colour, (label, log) in enumerate(logs.items()):
-        steps, values = [row["step"] for row in log], [row[column] for row in log]
-        ax.plot(steps, values, f"C{colour}", linewidth=0.6, alpha=0.5)
-        ax.plot(steps, trend(values), f"C{colour}", label=label)
+def draw_trends(ax, row, column):
+    """A column of each run's log, thin, and its exponential moving average, thick."""
+    for colour, (label, run) in enumerate(row.items()):
+        updates, values = ([line[key] for line in run["log"]] for key in ("updates", column))
+        ax.plot(updates, values, f"C{colour}", linewidth=0.6, alpha=0.5)
+        ax.plot(updates, trend(values), f"C{colour}", label=label)
     if column == "slope":
         ax.set_yscale("log")
         ax.legend(fontsize=6)
-    ax.set_xlabel("step of D or G")
+    ax.set_xlabel("steps of D and G")
 
 
 def trend(values):
@@ -487,8 +502,8 @@ def truncation(args, images, ruler, label, kept, device):
     G = generator(*images.x.shape[1:3]).to(device)
     G.load_state_dict(kept)
     rng = torch.Generator().manual_seed(args.seed)
-    x = {limit: common.to_uint8(generate(G, truncated_normal(
-        args.n_samples // 2, Z, limit, rng).to(device))) for limit in LIMITS}
+    x = {limit: generate(G, truncated_normal(args.n_samples // 2, Z, limit, rng).to(device))
+         for limit in LIMITS}
     numbers = {limit: score(ruler, pictures) for limit, pictures in x.items()}
     names = ["none" if limit == math.inf else f"{limit:g}" for limit in LIMITS]
 
@@ -496,7 +511,7 @@ def truncation(args, images, ruler, label, kept, device):
         return lambda ax: ax.plot(names, [numbers[limit][key] for limit in LIMITS], "o-")
 
     cells = [(f"{ruler.name} {key} against\nthe limit of |z|", curve(key)) for key in ("FID", "IS")]
-    cells += [(titled(name, numbers[limit]), show(x[limit])) for name, limit in zip(names, LIMITS)]
+    cells += [panel(name, x[limit], numbers[limit]) for name, limit in zip(names, LIMITS)]
     common.save_panels(args.out / "truncation.png", [("", cells[:4]), ("", cells[4:])],
                        f"truncated z, {label} on {images.name}")
     common.print_table(["truncated at", *numbers[math.inf]], [
@@ -508,10 +523,13 @@ def truncation(args, images, ruler, label, kept, device):
 
 def calibration(ruler, images):
     """Scores of what needs no judge: real pictures that the ruler does not compare with, noise."""
-    real = images.x[-N_SAMPLES:]
+    real = ruler.real
     noise = torch.randint(256, real.shape, dtype=torch.uint8).to(real.device)
-    return {label: {**score(ruler, x), "distance": distance(x[:N_NEAREST], images)}
-            for label, x in (("training pictures", real), ("noise", noise))}
+    results = {label: {"n": len(x), **score(ruler, x), "distance": distance(x[:N_NEAREST], images)}
+               for label, x in (("real training pictures", real), ("noise", noise))}
+    if len(images.x) < 2 * N_SAMPLES:
+        del results["real training pictures"]["distance"]  # they would be compared with themselves
+    return results
 
 
 def print_scores(ruler, results, columns):
@@ -523,36 +541,45 @@ def print_scores(ruler, results, columns):
         for label, numbers in results.items()])
 
 
-def read_samples(path, shape, d):
-    """uint8 [N, C, H, W] that a chapter, or anyone, has saved; at least d + 1 of them."""
-    try:
-        x = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = x.dtype, tuple(x.shape[1:])
-    except Exception:  # whatever is wrong with the file, the answer is the same
-        common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 tensor "
-                    "[N, C, H, W]")
-    if theirs != (torch.uint8, tuple(shape)):
-        common.fail(f"{path} holds {theirs[0]} {list(theirs[1])}, the data torch.uint8 "
-                    f"{list(shape)}")
-    if len(x) <= d:
-        common.fail(f"{path} holds {len(x)} pictures, and a distance of {d} features needs {d + 1}")
-    return x
+def read_files(args, images):
+    """What --score names, by path: uint8 [N, C, H, W]. Files of other shapes are left out, aloud."""
+    shape, found = list(images.x.shape[1:]), {}
+    for path in args.score:
+        try:
+            x = torch.load(path, map_location="cpu", weights_only=True)
+            theirs = x.dtype, list(x.shape[1:])
+        except Exception:  # whatever is wrong with the file, the answer is the same
+            common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 "
+                        "tensor [N, C, H, W]")
+        if theirs == (torch.uint8, shape):
+            found[common.relative(path)] = x
+        else:
+            print(f"left out: {path} holds {theirs[0]} {theirs[1]}, the data torch.uint8 {shape}")
+    if not found:
+        common.fail("no file is left to score: are they of this data set? (see --data)")
+    return found
 
 
-def score_files(args, images, ruler, device):
+def score_files(args, images, ruler, files):
     """scored.png and the table of --score, best first."""
-    shape, d = images.x.shape[1:], ruler.reference.shape[1]
-    x = {common.relative(path): read_samples(path, shape, d) for path in args.score}
-    results = {label: {**score(ruler, pictures.to(device)),
-                       "distance": distance(pictures[:N_NEAREST].to(device), images)}
-               for label, pictures in x.items()}
+    d = ruler.reference.shape[1]
+    for label, x in files.items():
+        if len(x) <= d:
+            common.fail(f"{label} holds {len(x)} pictures, and a distance of {d} features needs "
+                        f"{d + 1}")
+    results = {}
+    for label, x in files.items():
+        x = x.to(images.x.device)
+        results[label] = {"n": len(x), **score(ruler, x), "distance": distance(x[:N_NEAREST], images)}
     results = dict(sorted(results.items(), key=lambda item: item[1]["FID"]))
-    cells = [("data\n", show(images.x))] + [
-        (titled("\n".join(Path(label).with_suffix("").parts[-2:]), numbers), show(x[label]))
+    cells = [panel("data\n", images.x)] + [
+        panel("\n".join(Path(label).with_suffix("").parts[-2:]), files[label], numbers)
         for label, numbers in results.items()]
     common.save_panels(args.out / "scored.png", [
         ("", cells[i:i + 6]) for i in range(0, len(cells), 6)], f"{ruler.name} scores, {images.name}")
-    print_scores(ruler, results | calibration(ruler, images), ["FID", "IS", "KL", "distance"])
+    print_scores(ruler, results | calibration(ruler, images), ["n", "FID", "IS", "KL", "distance"])
+    if len({run["n"] for run in results.values()}) > 1:
+        print("n differs: FID falls as n grows, so compare rows of equal n")
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -562,8 +589,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("models")
     g.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
                    help=f"{', '.join(MODELS)}")
-    g.add_argument("--n-critic", nargs="+", type=common.positive_int, default=[1], metavar="N",
-                   help="D's steps to one of G; one run for each")
+    g.add_argument("--n-critic", nargs="+", type=common.positive_int, metavar="N",
+                   help="D's steps to one of G, one run for each; if not given: 1")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=common.positive_int, default=1200,
                    help="of D and G together, in each run")
@@ -574,8 +601,9 @@ def parse_args(argv=None):
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
                    help="no training: score samples.pt of any chapter, or your own uint8 tensor")
     args = p.parse_args(argv)
+    args.n_critic = args.n_critic or ([1, 2, 5, 20] if args.full else [1])
     if args.full:
-        args.n_critic, args.steps = [1, 2, 5, 20], 2 * args.steps
+        args.steps *= 2
     args.classifier_steps = 20 if args.quick else 1000
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
@@ -587,8 +615,8 @@ def check(images):
     """Ends the run if the pictures do not fit the networks."""
     c, h, w = images.x.shape[1:]
     widths, small = channels(h)
-    fits = small * 2 ** len(widths)
-    if h != w or h != fits:
+    fits = max(4, small * 2 ** len(widths))
+    if h != fits:
         common.fail(f"the pictures are {w}x{h}, G draws {fits}x{fits}: use --size {fits}")
 
 
@@ -599,9 +627,12 @@ def main(argv=None):
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     check(images)
-    ruler = make_ruler(args, images, test, device)
-    if args.score:
-        return score_files(args, images, ruler, device)
+    files = read_files(args, images) if args.score else None
+    ruler, why = make_ruler(args, images, test, device)
+    if not ruler:
+        (common.fail if files else print)(f"no scores: {why}")
+    if files:
+        return score_files(args, images, ruler, files)
     runs = {run_name(name, n): (name, n) for n in args.n_critic for name in args.models}
     done = saved["done"] if saved else {}
     for label, (name, n) in runs.items():
@@ -611,7 +642,7 @@ def main(argv=None):
     figures(args, images, runs, done)
     results = done | (calibration(ruler, images) if ruler else {})
     print_scores(ruler, results, ["FID", "IS", "KL", "distance", "slope"])
-    if ruler and ruler.name == "digit":
+    if ruler and ruler.name != "Inception":
         best = min(done, key=lambda label: done[label]["FID"])
         truncation(args, images, ruler, best, done[best]["G"], device)
 

@@ -28,6 +28,7 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+N_QUICK = 2000  # pictures of each part that --quick takes
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "device", "resume"}
 
 
@@ -183,6 +184,9 @@ def load_images(args, device, train=True):
     else:
         fail(f"--data {name}: neither a known data set (mnist, fashion, cifar10, digits) "
              "nor a folder")
+    if args.quick:
+        images = images._replace(x=images.x[:N_QUICK], y=None if images.y is None
+                                 else images.y[:N_QUICK])
     n, c, h, w = images.x.shape
     print(f"data {images.name}: {n:,} {'training' if train else 'test'} pictures, {c}x{h}x{w}")
     return images._replace(x=images.x.to(device), y=None if images.y is None

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import math
+import re
 from unittest import mock
 
 import numpy as np
@@ -337,11 +338,13 @@ def test_splits_give_mean_and_deviation_over_the_parts(seed, splits):
 
 
 def test_inception_score_refuses_what_are_no_probabilities():
-    for wrong in (torch.randn(5, 3), torch.full((5, 3), 0.5), torch.tensor([[2.0, -1.0]])):
-        with pytest.raises(ValueError, match="rows of probabilities"):
+    for wrong in (torch.randn(5, 3), torch.full((5, 3), 0.5), torch.tensor([[2.0, -1.0]]),
+                  torch.tensor([[math.nan, 1.0]])):
+        with pytest.raises(ValueError, match="no probabilities"):
             gan.inception_score(wrong)
-    with pytest.raises(ValueError, match="2 splits"):
-        gan.inception_score(torch.ones(1, 1), splits=2)
+    for splits in (0, 2):
+        with pytest.raises(ValueError, match="splits"):
+            gan.inception_score(torch.ones(1, 1), splits)
 
 
 # --- Frechet distance --------------------------------------------------------------------------
@@ -442,6 +445,12 @@ def test_clamped_and_uniform_draws_are_rejected(twin):
     assert rejected(truncated_draws_have_their_variance, twin, 0, 1.0)
 
 
+def test_a_limit_that_no_draw_can_keep_is_refused():
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="no draw"):
+            gan.truncated_normal(2, 2, limit)
+
+
 def test_no_limit_is_the_plain_normal():
     assert torch.equal(gan.truncated_normal(3, 4, math.inf, generator(0)),
                        torch.randn(3, 4, generator=generator(0)))
@@ -493,7 +502,7 @@ def small_runs(monkeypatch, no_figures):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """One classifier, trained once for all tests."""
-    return tmp_path_factory.mktemp("kept") / "classifier_quick.pt"
+    return tmp_path_factory.mktemp("kept") / "digit_classifier_quick.pt"
 
 
 def run(out, digits_dir, kept, *flags):
@@ -612,27 +621,32 @@ def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, kept, monkeypat
 # --- the ruler ---------------------------------------------------------------------------------
 
 def rows(capsys):
-    return {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    """The last table printed: its rows by their first cell, as dicts by column."""
+    lines = capsys.readouterr().out.splitlines()
+    head = max(i for i, line in enumerate(lines) if "digit FID" in line)
+    names = lines[head].replace("digit ", "").split()
+    found = {}
+    for line in lines[head + 1:]:
+        label, *cells = re.split(r"  +", line.strip())
+        found[label] = dict(zip(names, cells))
+    return found
 
 
 def test_the_ruler_is_calibrated(tmp_path, digits_dir, kept, capsys):
     """Real pictures score near 0, noise far away; copies of the data have the distance 0."""
     args = gan.parse_args(["--data", "digits", "--data-dir", str(digits_dir)])
     real = common.load_digits(args, train=True).x
-    torch.save(real[:300], tmp_path / "copies.pt")
     torch.save(real[:300].flip(3), tmp_path / "mirrored.pt")
-    run(tmp_path, digits_dir, kept, "--score", str(tmp_path / "mirrored.pt"),
-        str(tmp_path / "copies.pt"))
+    torch.save(real[:300], tmp_path / "copies.pt")
+    copies, mirrored = (common.relative(tmp_path / f"{name}.pt") for name in ("copies", "mirrored"))
+    run(tmp_path, digits_dir, kept, "--score", mirrored, copies)
     found = rows(capsys)
-    fid = {name: float(found[label][-4]) for name, label in {
-        "copies": common.relative(tmp_path / "copies.pt"), "real": "training pictures",
-        "mirrored": common.relative(tmp_path / "mirrored.pt"), "noise": "noise"}.items()}
-    assert fid["real"] < fid["mirrored"] / 5 and fid["copies"] < fid["mirrored"] / 5
-    assert fid["mirrored"] < fid["noise"]
-    labels = list(found)
-    assert labels.index(common.relative(tmp_path / "copies.pt")) \
-        < labels.index(common.relative(tmp_path / "mirrored.pt"))  # best first
-    assert float(found[common.relative(tmp_path / "copies.pt")][-1]) < 1e-3
+    fid = {label: float(row["FID"]) for label, row in found.items()}
+    assert fid["real training pictures"] < fid[mirrored] / 5 and fid[copies] < fid[mirrored] / 5
+    assert fid[mirrored] < fid["noise"]
+    assert list(found) == [copies, mirrored, "real training pictures", "noise"]  # best first
+    assert float(found[copies]["distance"]) < 1e-3 and found[copies]["n"] == "300"
+    assert found["real training pictures"]["distance"] == "-"  # they would meet themselves
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -640,14 +654,11 @@ def test_the_scores_are_of_the_reference_and_of_the_classes():
     """A ruler that looks at one pixel: scores that can be told by hand."""
     def net(x):
         brightness = x[:, 0, 0, 0]
-        return brightness[:, None], 100 * F_one_hot((brightness > 0).long())
-
-    def F_one_hot(y):
-        return nn.functional.one_hot(y, 2).float()
+        return brightness[:, None], 100 * torch.stack([-brightness, brightness], dim=1)
 
     x = torch.zeros(40, 1, 2, 2, dtype=torch.uint8)
     x[:10, 0, 0, 0] = 255
-    ruler = gan.Ruler("digit", net, torch.tensor([[-1.0], [1.0]] * 20))
+    ruler = gan.Ruler("digit", net, torch.tensor([[-1.0], [1.0]] * 20), x)
     found = gan.score(ruler, x)
     p = [0.25, 0.75]
     assert found["KL"] == pytest.approx(sum(q * math.log(2 * q) for q in p))
@@ -672,38 +683,78 @@ def test_the_classifier_is_kept_and_refused_when_it_does_not_fit(tmp_path, digit
 
 
 def test_samples_that_cannot_be_scored_are_named(tmp_path, digits_dir, kept, capsys):
-    files = {"float.pt": torch.zeros(100, 1, 28, 28), "few.pt": torch.zeros(64, 1, 28, 28).byte(),
-             "colour.pt": torch.zeros(100, 3, 28, 28).byte(), "dict.pt": {"x": 1}}
-    for name, value in files.items():
-        torch.save(value, tmp_path / name)
+    torch.save({"x": 1}, tmp_path / "dict.pt")
+    torch.save(torch.zeros(64, 1, 28, 28).byte(), tmp_path / "few.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in {"float.pt": ["torch.float32"], "few.pt": ["64 pictures", "needs 65"],
-                        "colour.pt": ["[3, 28, 28]", "[1, 28, 28]"], "dict.pt": ["cannot be read"],
+    for name, words in {"few.pt": ["64 pictures", "needs 65"], "dict.pt": ["cannot be read"],
                         "text.pt": ["cannot be read"], "none.pt": ["cannot be read"]}.items():
         capsys.readouterr()
         one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", str(tmp_path / name)),
                  name, *words)
 
 
+def test_samples_of_other_data_are_left_out_aloud(tmp_path, digits_dir, kept, capsys):
+    """As out/*/samples*.pt finds them: points of the ring, pictures in colour."""
+    torch.save(torch.randn(300, 2), tmp_path / "ring.pt")
+    torch.save(torch.zeros(100, 3, 28, 28).byte(), tmp_path / "colour.pt")
+    torch.save(torch.zeros(100, 1, 28, 28).byte(), tmp_path / "black.pt")
+    paths = [common.relative(tmp_path / f"{name}.pt") for name in ("ring", "colour", "black")]
+    run(tmp_path, digits_dir, kept, "--score", *paths)
+    shown = capsys.readouterr().out
+    assert "ring.pt holds torch.float32 [2]" in shown and "colour.pt holds torch.uint8 [3" in shown
+    assert re.search(r"black.pt +100 ", shown)
+    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", *paths[:2]), "no file is left")
+
+
 def test_colour_without_inception_trains_without_scores_and_says_so(tmp_path, capsys, monkeypatch):
-    folder = folder_of_pictures(tmp_path / "p", 20, 16)
+    folder, many = folder_of_pictures(tmp_path / "p", 20, 16), torch.zeros(4098, 3, 16, 16).byte()
+    torch.save(many[:99], tmp_path / "a.pt")
 
     def run_folder(*flags):
         gan.main(["--data", folder, "--size", "16", "--steps", "4", "--batch", "4", "--models",
-                  "wgan-sn", "--quick", "--out", str(tmp_path / "out"), *flags])
+                  "wgan-sn", "--out", str(tmp_path / "out"), *flags])
 
+    monkeypatch.setattr(gan, "parse_args", lambda argv, parse=gan.parse_args: set_samples(
+        parse(argv), 2049))
     run_folder()
-    assert "needs 2049 real pictures" in capsys.readouterr().out
-    assert torch.load(tmp_path / "out" / "samples_wgan-sn.pt").shape == (200, 3, 16, 16)
-    one_line(capsys, lambda: run_folder("--score", "a.pt"), "2049 real pictures, p has 20")
+    assert "4098 training pictures; here are 2049 and 18" in capsys.readouterr().out
+    assert torch.load(tmp_path / "out" / "samples_wgan-sn.pt").shape == (2049, 3, 16, 16)
+    one_line(capsys, lambda: run_folder("--score", str(tmp_path / "a.pt")), "here are 2049 and 18")
 
-    many = common.Images(torch.zeros(2048, 3, 16, 16, dtype=torch.uint8), None, "faces")
-    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: many)
+    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: common.Images(
+        many if train else many[:99], None, "faces"))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url",
                         mock.Mock(side_effect=OSError("no network")))
     run_folder()
     assert "inception_v3_google" in capsys.readouterr().out
-    one_line(capsys, lambda: run_folder("--score", "a.pt"), "inception_v3_google", "put")
+    one_line(capsys, lambda: run_folder("--score", str(tmp_path / "a.pt")), "inception_v3_google",
+             "put")
+
+
+def set_samples(args, n):
+    args.n_samples = n
+    return args
+
+
+def test_colour_is_scored_when_the_weights_are_there(tmp_path, capsys, monkeypatch):
+    """A small network in Inception's place; the rest of the way is as it is."""
+    class Small(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+
+        def forward(self, x):
+            return x[:, 0].flatten(1), x.flatten(1)[:, :10]
+
+    noise = torch.randint(256, (4200, 3, 4, 4), dtype=torch.uint8, generator=generator(0))
+    monkeypatch.setattr(gan, "Inception", Small)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: {})
+    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: common.Images(
+        noise if train else noise[:99], None, "faces"))
+    monkeypatch.setattr(gan, "parse_args", lambda argv, parse=gan.parse_args: set_samples(
+        parse(argv), 2049))
+    gan.main(["--steps", "2", "--batch", "4", "--models", "sn", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "Inception FID" in shown and "real training pictures" in shown and "truncated" not in shown
 
 
 @pytest.mark.parametrize("flags, words", [
