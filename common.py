@@ -587,8 +587,8 @@ def write_log(path, log):
 
 def settings(args):
     """The flags that decide the numbers, as text: --resume needs the same ones."""
-    return {name: str(value) for name, value in vars(args).items()
-            if name not in MAY_CHANGE_ON_RESUME}
+    return {"script": args.script} | {name: str(value) for name, value in vars(args).items()
+                                      if name not in MAY_CHANGE_ON_RESUME}
 
 
 def save_checkpoint(args, parts, **rest):
