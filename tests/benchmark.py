@@ -1,9 +1,11 @@
 """Speed and memory, measured here and now: python tests/benchmark.py, with nothing else running."""
 
+import cProfile
 import contextlib
 import importlib
 import io
 import itertools
+import pstats
 import resource
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import common
 losses = importlib.import_module("02_gan_losses")
 unrolled = importlib.import_module("03_unrolled_gan")
 inversion = importlib.import_module("04_inversion")
+critics = importlib.import_module("07_sn_wgan_gp")
 
 
 def seconds(run, least=1.0):
@@ -37,14 +40,6 @@ def seconds(run, least=1.0):
             calls *= 2
         best = min(best, spent / calls)
     return best
-
-
-def mean_seconds(run, calls):
-    """Seconds of one call of run(), the mean of `calls`."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - began) / calls
 
 
 def loaders():
@@ -125,24 +120,46 @@ def gan_step(G, D, x, d_z):
 
 def gan_steps():
     """Pictures/s of one training step at batch 64, and what chapter 02's loop adds to it."""
-    rows = []
     theirs = 64 / seconds(gan_step(*upsampling_nets(), torch.rand(64, 1, 32, 32), 100), least=6)
-    G, D = losses.nets(losses.METHODS["nonsaturating"], 1, 28, 10)
-    score = lambda x: D(x, None)[0]
-    score.parameters = D.parameters
-    bare = gan_step(G, score, torch.rand(64, 1, 28, 28), losses.Z)
+    profile = cProfile.Profile()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         images = common.Images(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), None, "")
         losses.N_SAMPLES = 64
-        args = losses.parse_args(["--out", out])
-        before = mean_seconds(bare, args.steps // 2)  # the machine moves: half before, half after
-        run = losses.train(args, "nonsaturating", images, torch.device("cpu"), None, {})
-        step = (before + mean_seconds(bare, args.steps // 2)) / 2
-        loop = run["ms a step"] / 1000
-    for name, speed in (("02_gan_losses, its loop", 64 / loop), ("the step alone", 64 / step),
-                        ("PyTorch-GAN's dcgan.py", theirs)):
-        rows.append([name, f"{speed:,.0f}", f"{speed / theirs:.1f} x"])
-    print(f"outside forward, backward, optimiser: {100 * (1 - step / loop):.0f} % of a step")
+        args = losses.parse_args(["--out", out, "--steps", "400"])
+        run = profile.runcall(losses.train, args, "nonsaturating", images, torch.device("cpu"),
+                              None, {})
+    spent = pstats.Stats(profile).stats.items()
+    work = {("module.py", "_call_impl"), ("_tensor.py", "backward"), ("adam.py", "step"),
+            ("02_gan_losses.py", "bce_d"), ("02_gan_losses.py", "nonsaturating_g")}
+    inside = sum(row[3] for (file, _, name), row in spent if (Path(file).name, name) in work)
+    loop = run["ms a step"] / 1000
+    print(f"outside forward, backward, optimiser: {100 * (1 - inside / loop / args.steps):.1f} % of "
+          "chapter 02's loop")
+    return [[name, f"{speed:,.0f}", f"{speed / theirs:.1f} x"] for name, speed in (
+        ("02_gan_losses, its loop", 64 / loop), ("PyTorch-GAN's dcgan.py", theirs))]
+
+
+def critic_steps():
+    """Milliseconds of one step of D for each model of chapter 07, and as a multiple of the first."""
+    rows, first = [], None
+    x, x_fake = torch.rand(2, 64, 1, 28, 28)
+    for name, model in critics.MODELS.items():
+        D = critics.discriminator(1, 28, model.sn)
+        opt = torch.optim.Adam(D.parameters(), lr=1e-4, fused=True)
+
+        def step():
+            real, fake = D(torch.cat([x, x_fake])).split(len(x))
+            loss = fake.mean() - real.mean()
+            if model.penalty:
+                loss = loss + critics.gradient_penalty(D, x, x_fake)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            if model.clip:
+                critics.clip(D, critics.CLIP)
+        spent = seconds(step)
+        first = first or spent
+        rows.append([name, f"{1e3 * spent:.1f}", f"{spent / first:.2f} x"])
     return rows
 
 
@@ -167,6 +184,8 @@ if __name__ == "__main__":
     common.print_table(["nets", "method", "k", "ms per G step", "ratio"], generator_steps())
     print()
     common.print_table(["GAN step, batch 64", "pictures/s", "ratio"], gan_steps())
+    print()
+    common.print_table(["D step, batch 64", "ms", "ratio"], critic_steps())
     print()
     common.print_table(["inverted pictures x starts", "steps/s", "ratio"], inversions())
     print()
