@@ -136,17 +136,17 @@ def apply(net, x):
 
 # --- measures ----------------------------------------------------------------------------------
 
-def code_report(z):
+def code_report(z, n):
     """Moments of the codes z [N, d], means over the coordinates, and how far the worst one is off.
 
-    mmd: MMD² between N_CODES of them and as many draws of N(0, I), which do not depend on z.
+    mmd: MMD² between n of them and as many draws of N(0, I), which do not depend on z.
     """
     found = torch.stack(moments(z))
-    prior = torch.randn(N_CODES, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)
+    prior = torch.randn(n, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)
     numbers = dict(zip(("mean", "variance", "kurtosis"), found.mean(dim=1).tolist()))
     worst = (found - NORMAL.to(z)).abs().amax(dim=1).tolist()
     return numbers | {f"{name} off": value for name, value in zip(numbers, worst)} \
-        | {"moment loss": moment_loss(z).item(), "mmd": mmd_imq(z[:N_CODES], prior).item()}
+        | {"moment loss": moment_loss(z).item(), "mmd": mmd_imq(z[:n], prior).item()}
 
 
 def shuffled(z):
@@ -221,7 +221,7 @@ def train(args, name, images, test, device, saved, done):
                             "penalty": distance.item(), "weighted": lam * distance.item()})
             if step in shot_steps:
                 net.eval()
-                shots[step] = apply(net.encode, common.to_float(test.x[:N_CODES])).cpu()
+                shots[step] = apply(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
                 net.train()
             if milestone or pressed():
                 common.save_checkpoint(args, parts, model=name, step=step, log=log, shots=shots,
@@ -237,10 +237,10 @@ def train(args, name, images, test, device, saved, done):
     x = common.to_float(test.x)
     z_test = apply(net.encode, x)
     return {"log": log, "shots": shots, "pictures": pictures(net, x, z, samples, fitted),
-            "codes": z[:N_CODES].cpu(), "mse": F.mse_loss(apply(net.decode, z_test), x).item(),
+            "codes": z[:args.n_codes].cpu(), "mse": F.mse_loss(apply(net.decode, z_test), x).item(),
             "distance": nearest_distance(samples[:1000], images),
             "fitted distance": nearest_distance(fitted, images),
-            "train": code_report(z), "test": code_report(z_test)}
+            "train": code_report(z, args.n_codes), "test": code_report(z_test, args.n_codes)}
 
 
 def pictures(net, x, z, samples, fitted):
@@ -318,10 +318,10 @@ def draw_losses(ax, log):
 def limits(args, done):
     """limits.png, and the table of laws that moments or MMD can tell from N(0, I)."""
     torch.manual_seed(args.seed)
-    prior = torch.randn(N_CODES, args.z_dim)
-    laws = {"N(0, I)": torch.randn(N_CODES, args.z_dim),
-            "three points, one coordinate": three_points(N_CODES, 1),
-            f"three points, {args.z_dim} coordinates": three_points(N_CODES, args.z_dim)}
+    prior = torch.randn(args.n_codes, args.z_dim)
+    laws = {"N(0, I)": torch.randn(args.n_codes, args.z_dim),
+            "three points, one coordinate": three_points(args.n_codes, 1),
+            f"three points, {args.z_dim} coordinates": three_points(args.n_codes, args.z_dim)}
     for name, run in done.items():
         laws |= {f"codes of {name}": run["codes"], f"{name}, shuffled": shuffled(run["codes"])}
     common.print_table(["law", "moment loss", "MMD^2 to N(0, I)"], [
@@ -356,7 +356,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.quick:
         args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-    args.n_samples = 1000 if args.quick else N_SAMPLES
+    args.n_samples, args.n_codes = (1000, 500) if args.quick else (N_SAMPLES, N_CODES)
     args.models = list(dict.fromkeys(args.models))
     return args
 

@@ -537,7 +537,8 @@ def print_scores(ruler, results, columns):
     header = [f"{ruler.name} {column}" if ruler and column in ("FID", "IS") else column
               for column in columns]
     common.print_table(["", *header], [
-        [label, *(f"{numbers.get(column, math.nan):.3g}" for column in columns)]
+        [label, *(f"{numbers.get(column, math.nan):{',' if column == 'n' else '.3g'}}"
+                  for column in columns)]
         for label, numbers in results.items()])
 
 
