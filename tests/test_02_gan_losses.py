@@ -450,9 +450,9 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name, column", [
-    ("wgan", {"clip": False}), ("wgan", {"dropout": 0.3}), ("ebgan", {"pull_away": False}),
+    ("wgan", {"clip": False}), ("wgan", {"dropout": 0.3}), ("ebgan", {"pull_away": ()}),
     ("dragan", {"penalty": None}), ("acgan", {"labels": "condition"}), ("lsgan", {"eps": 0.1}),
-    ("infogan", {"labels": "guess"}), ("wgan-gp", {"d_steps": 1}), ("minimax", {"share": 0.5})])
+    ("infogan", {"labels": "guess"}), ("began", {"pull_away": (2.5, 2.5)}), ("wgan-gp", {"d_steps": 1}), ("minimax", {"share": 0.5})])
 def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, monkeypatch, name,
                                                         column):
     flags = ["--loss", name, "--steps", "2"]
@@ -462,7 +462,7 @@ def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, mo
 
 
 @pytest.mark.parametrize("name, constant, value", [
-    ("infogan", "AGREEMENT", 0.0), ("ebgan", "PULL_AWAY", 0.0), ("ebgan", "MARGIN", 0.9),
+    ("infogan", "AGREEMENT", 0.0), ("ebgan", "MARGIN", 0.9),
     ("began", "GAMMA", 0.5), ("began", "LAMBDA_K", 0.5), ("dragan", "LAMBDA", 1.0)])
 def test_every_constant_reaches_the_training(tmp_path, digits_dir, monkeypatch, name, constant,
                                              value):
