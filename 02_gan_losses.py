@@ -14,7 +14,7 @@ See      samples.png: every loss from the same z; saturation.png: which slope re
          and what a frozen log means. On MNIST: 10 classes, KL 0.002 to 0.07 (began: 0.16); acgan
          obeys 95 % of the labels, cgan 90 % (97 % by a classifier), infogan's code agrees with the
          digit for 83 %.
-Time     --loss all 22 min on 2 CPU cores
+Time     4.4 min on 2 CPU cores; --loss all 22 min.
 Differs  no batch norm in D; Adam with beta1 = 0 for all; wgan and wgan-gp make 3 and 2 steps of D,
          not 5; rates fall along a cosine; cgan's D adds its guess of the label to the score
          (Miyato, Koyama 2018); infogan's Q sees disturbed pictures and must agree with itself on

@@ -423,7 +423,7 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
 
     samples = generate(G, z_fixed)
     common.save(samples.cpu(), args.out / f"samples_{label}.pt")
-    return {"log": log, "pictures": samples[:64].cpu(), "slope": log[-1]["slope"],
+    return {"log": log, "pictures": samples[:64].cpu().clone(), "slope": log[-1]["slope"],
             "G": {key: value.cpu() for key, value in G.state_dict().items()},
             **(score(ruler, samples) if ruler else {}),
             "distance": distance(samples[:N_NEAREST], images)}

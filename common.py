@@ -128,7 +128,7 @@ def start(args):
     sys.excepthook = short_end
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(args.out / ".lock", os.O_RDWR | os.O_CREAT)  # open until the process ends
+        lock = os.open(args.out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed
     except OSError as e:
         fail(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out")
     try:

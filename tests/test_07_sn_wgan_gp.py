@@ -528,6 +528,13 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
     assert same(run(tmp_path / "killed", digits_dir, kept, "--resume"), straight)
 
 
+def test_a_checkpoint_holds_64_pictures_of_a_run_and_not_the_rest(tmp_path, digits_dir, kept):
+    """torch.save writes all that a view looks at."""
+    run(tmp_path, digits_dir, kept, "--models", "vanilla", "wgan")
+    kept_pictures = torch.load(tmp_path / "checkpoint.pt")["done"]["vanilla"]["pictures"]
+    assert kept_pictures.untyped_storage().nbytes() == 64 * 28 * 28
+
+
 def test_steps_of_both_players_are_counted(tmp_path, digits_dir, kept, monkeypatch):
     """9 steps in all with n_critic 3 are two rounds of 3 D steps and one of G; 1 in quick is 1."""
     run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--n-critic", "3")  # keeps a classifier
