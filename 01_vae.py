@@ -17,7 +17,7 @@ See      pictures.png: reconstructions, one picture encoded five times, samples,
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
 Differs  convolutions with batch norm for the paper's perceptrons; every batch is drawn to 0 or 1
          anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
-Time     3.5 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 20 s.
+Time     3.5 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
 Run      python 01_vae.py
          python 01_vae.py --models vae -k 5 --batch 64 --lr 6e-3 --steps 30000 --k-test 1000
          python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --z-dim 128 --steps 3000 \

@@ -11,7 +11,7 @@ See      process.png: training from left to right, k = 0 above k = 5, with D's l
          3 standard deviations of a mode (good), KL of the modes' histogram to uniform in nats.
          Measured, seeds 0 to 4: 0 or 1 modes and at most 4 % good at k = 0, 8 modes and 92 to 94 %
          good at k = 5. What misses are the bridges: a continuous G cannot jump between modes.
-Time     113 to 145 s on 2 CPU cores; --data grid 182 s, --data mnist 203 s; --quick 11 s.
+Time     113 to 145 s on 2 CPU cores; --data grid 182 s, --data mnist 203 s; --quick 11 to 22 s.
 Differs  plain gradient steps inside the unroll and Adam outside; rates fall along a cosine; D has
          one hidden layer of 512; on pictures G uses the non-saturating loss at the same θ_D^k.
 Run      python 03_unrolled_gan.py -k 0 1 5

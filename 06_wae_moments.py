@@ -18,7 +18,7 @@ See      pictures.png: reconstructions, samples, interpolations of three models;
          A law on three points per coordinate has the moments 0, 1, 3; MMD tells it from N(0, 1) on
          one coordinate (0.43), and on 16 not at all (0.0001): it compares distances, and those of
          many independent coordinates look alike.
-Time     4 min on 2 CPU cores, --quick 15 s.
+Time     4 min on 2 CPU cores, --quick 10 to 31 s.
 Differs  λ doubles after each 14th of the run, not after an epoch; 16 latent coordinates, not 100.
 Run      python 06_wae_moments.py
          python 06_wae_moments.py --z-dim 100 --models moments
