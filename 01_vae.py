@@ -10,8 +10,8 @@ See      pictures.png: reconstructions, one picture encoded five times, samples,
          code to another (--z-dim 2: the latent plane); study.png: what sigma^2 and the KL term do;
          curves.png, log.csv, samples.pt. Printed: test NLL by the bound with k = 100, -ELBO, KL in
          nats; error of reconstructions; spread of the codes; distance of samples to the data.
-         On binarised MNIST: NLL 87.9 nats (Burda et al.: 86.8), KL 26.8; with the second run line
-         below 83.6 (Burda et al., k = 50: 84.8; two layers of codes: 82.9). In the study sigma^2 of
+         On binarised MNIST: NLL 87.9 nats (Burda et al.: 86.8), KL 26.8; by the second run line
+         83.6 (Burda et al., k = 50: 84.8; two layers of codes: 82.9). In the study sigma^2 of
          a tenth of 0.001 gives sharp reconstructions (mse 0.016), ten times a grey blot for all
          (0.065, KL 0.01); without the KL term they are sharp (0.015), but samples are all alike:
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
@@ -104,7 +104,7 @@ def iwae_bound(log_px, z, mu, logvar):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
     halvings = max(1, int(math.log2(side / 4)))
     return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -376,10 +376,9 @@ def main(argv=None):
     saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
-    c, h, w = images.x.shape[1:]
-    if h % 4:
-        common.fail(f"the pictures are {w}x{h}, the networks need squares with sides divisible "
-                    "by 4")
+    c, side = images.x.shape[1:3]
+    if side % 4:
+        common.fail(f"the pictures are {side}x{side}: use a --size that is divisible by 4")
     done = saved["done"] if saved else {}
     for name, model in models(args, grey=c == 1).items():
         if name not in done:

@@ -430,11 +430,11 @@ def parse_args(argv=None):
 
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
-    c, h, w = images.x.shape[1:]
-    widths, small = channels(h)
+    side = images.x.shape[2]
+    widths, small = channels(side)
     fits = max(4, small * 2 ** len(widths))
-    if h != fits:
-        common.fail(f"the pictures are {w}x{h}, G draws {fits}x{fits}: use --size {fits}")
+    if side != fits:
+        common.fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
     if min(args.batch, len(images.x)) < 2:
         common.fail("batch norm needs more than one picture: use --batch 2 or more")
     if args.starts > args.n_pool:

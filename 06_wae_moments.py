@@ -363,10 +363,9 @@ def parse_args(argv=None):
 
 def check(args, images, test):
     """Ends the run if the flags do not fit the data."""
-    c, h, w = images.x.shape[1:]
-    if h % 4:
-        common.fail(f"the pictures are {w}x{h}, the networks need squares with sides divisible "
-                    "by 4")
+    side = images.x.shape[2]
+    if side % 4:
+        common.fail(f"the pictures are {side}x{side}: use a --size that is divisible by 4")
     if min(args.batch, len(images.x)) < 2:
         common.fail("moments are those of a batch: use --batch 2 or more")
     if args.z_dim < 2:

@@ -8,8 +8,8 @@ Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f. Three ways to hol
          or charge E (‖∇D(x̂)‖ - 1)² between data and fakes                  -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)): sure of each, of all kinds               -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½) of features                 -> frechet_distance()
-See      samples.png; scores.png: both scores, D's loss and D's slope while training; truncation.png;
-         samples_{model}.pt, log.csv; scored.png with --score. Printed: FID and IS of a classifier of
+See      samples.png; scores.png: both scores and D's slope while training; truncation.png; log.csv,
+         samples_{model}.pt; scored.png with --score. Printed: FID and IS of a classifier of
          the digits, KL of its classes to uniform, distance to the data, slope of D.
          On MNIST, 600 steps of D and of G: vanilla FID 70, sn 75, wgan-gp 81, wgan-sn 104, wgan 112;
          real pictures 1.9 (IS 9.7), noise 543. One seed does not tell the first three apart: where
@@ -18,7 +18,8 @@ See      samples.png; scores.png: both scores, D's loss and D's slope while trai
          layers' norms, a bound that no picture reaches; 0.002 by clipping. With --full it matters: at
          20 steps of D to one of G vanilla collapses (FID 319, KL 0.75), sn has 162, wgan-gp 129.
          Truncated z do not help this G: FID only grows (2: 76, 1: 120, 0.5: 271).
-Time     4.3 min on 2 CPU cores; --full 68 min on one core; the classifier 15 s, once.
+Time     4.3 min on 2 CPU cores; --full 68 min on one core; the classifier 15 s, once;
+         --quick 13 to 23 s.
 Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0; Arjovsky: RMSprop 5e-5,
          Gulrajani: Adam 1e-4, both five steps of D to one of G, here one. "digit" scores come from
          64 features of a small classifier, those of colour from torchvision's Inception: neither
@@ -339,7 +340,7 @@ def score(ruler, x):
     return numbers
 
 
-def distance(x, images):
+def nearest_distance(x, images):
     """Mean distance of x [N, C, H, W] to the nearest of 10,000 training pictures, root mean square.
 
     Both uint8; in [-1, 1] units. 0 for copies; blur lowers it too: read it beside the picture.
@@ -426,7 +427,7 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
     return {"log": log, "pictures": samples[:64].cpu().clone(), "slope": log[-1]["slope"],
             "G": {key: value.cpu() for key, value in G.state_dict().items()},
             **(score(ruler, samples) if ruler else {}),
-            "distance": distance(samples[:N_NEAREST], images)}
+            "distance": nearest_distance(samples[:N_NEAREST], images)}
 
 
 def run_name(name, n_critic):
@@ -526,11 +527,17 @@ def calibration(ruler, images):
     """Scores of what needs no judge: real pictures that the ruler does not compare with, noise."""
     real = ruler.real
     noise = torch.randint(256, real.shape, dtype=torch.uint8).to(real.device)
-    results = {label: {"n": len(x), **score(ruler, x), "distance": distance(x[:N_NEAREST], images)}
+    results = {label: report(ruler, x, images)
                for label, x in (("real training pictures", real), ("noise", noise))}
     if len(images.x) < 2 * N_SAMPLES:
         del results["real training pictures"]["distance"]  # they would be compared with themselves
     return results
+
+
+def report(ruler, x, images):
+    """Scores and distance of pictures x, and how many they are."""
+    return {"n": len(x), **score(ruler, x),
+            "distance": nearest_distance(x[:N_NEAREST], images)}
 
 
 def print_scores(ruler, results, columns):
@@ -569,10 +576,7 @@ def score_files(args, images, ruler, files):
         if len(x) <= d:
             common.fail(f"{label} holds {len(x)} pictures, and a distance of {d} features needs "
                         f"{d + 1}")
-    results = {}
-    for label, x in files.items():
-        x = x.to(images.x.device)
-        results[label] = {"n": len(x), **score(ruler, x), "distance": distance(x[:N_NEAREST], images)}
+    results = {label: report(ruler, x.to(images.x.device), images) for label, x in files.items()}
     results = dict(sorted(results.items(), key=lambda item: item[1]["FID"]))
     cells = [panel("data\n", images.x)] + [
         panel("\n".join(Path(label).with_suffix("").parts[-2:]), files[label], numbers)
@@ -615,11 +619,11 @@ def parse_args(argv=None):
 
 def check(images):
     """Ends the run if the pictures do not fit the networks."""
-    c, h, w = images.x.shape[1:]
-    widths, small = channels(h)
+    side = images.x.shape[2]
+    widths, small = channels(side)
     fits = max(4, small * 2 ** len(widths))
-    if h != fits:
-        common.fail(f"the pictures are {w}x{h}, G draws {fits}x{fits}: use --size {fits}")
+    if side != fits:
+        common.fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
 
 
 def main(argv=None):
@@ -631,10 +635,12 @@ def main(argv=None):
     check(images)
     files = read_files(args, images) if args.score else None
     ruler, why = make_ruler(args, images, test, device)
-    if not ruler:
-        (common.fail if files else print)(f"no scores: {why}")
+    if files and not ruler:
+        common.fail(f"no scores: {why}")
     if files:
         return score_files(args, images, ruler, files)
+    if not ruler:
+        print(f"no scores: {why}")
     runs = {run_name(name, n): (name, n) for n in args.n_critic for name in args.models}
     done = saved["done"] if saved else {}
     for label, (name, n) in runs.items():

@@ -572,6 +572,19 @@ def test_wgan_keeps_its_weights_in_the_box_and_no_other(tmp_path, digits_dir, ke
         assert (largest <= gan.CLIP) == (name == "wgan")
 
 
+def test_clipping_holds_the_slope_below_its_documented_bound():
+    """Π limit √(weights), times √4 for each convolution whose pixels are in four patches: 0.92."""
+    D = gan.discriminator(1, 28, sn=False)
+    for p in D.parameters():
+        nn.init.ones_(p)
+    gan.clip(D, gan.CLIP)
+    weights = [layer.weight for layer in D if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    bound = math.prod(gan.CLIP * w.numel() ** 0.5 * (2 if w.ndim == 4 else 1) for w in weights)
+    assert bound == pytest.approx(0.92, abs=0.005)
+    # equal weights and a light picture come near: only the border is in fewer patches
+    assert 0.7 * bound < gan.gradient_norms(D, torch.ones(1, 1, 28, 28)).item() <= bound
+
+
 @pytest.mark.parametrize("name, column", [
     ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"clip": False}),
     ("wgan-sn", {"wasserstein": False}), ("wgan-gp", {"penalty": False}),
