@@ -465,7 +465,7 @@ def plot_curves(path, log, columns, line, title=""):
                     label=f"{line} = {value}", linewidth=1)
         ax.set(title=column, xlabel="step")
         ax.grid(alpha=0.3)
-    axes[0, 0].legend()
+    axes[0, 0].legend(fontsize=6)
     fig.suptitle(title)
     save_figure(fig, path)
 
