@@ -4,20 +4,22 @@ Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015, arXiv:1509.00
          k samples).
 Idea     q(z|x) = N(mu(x), σ²(x)),  z = mu + σ u,  u ~ N(0, I)                   -> reparameterise()
          KL(q(z|x) ‖ N(0, I)) = ½ Σ (σ² + mu² - 1 - log σ²)                -> kl_standard_normal()
-         log p(x) >= E_q log p(x|z) - KL = ELBO: the loss is -ELBO, or the course's   -> vae_loss()
+         log p(x) >= E_q log p(x|z) - KL = ELBO: descend -ELBO                    -> negative_elbo()
+         or the course's loss, 2 of -ELBO for pixels of one variance, less a constant  -> vae_loss()
          log p(x) >= E log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x), tight as k grows      -> iwae_bound()
 See      pictures.png: reconstructions, one picture encoded five times, samples, the way from one
          code to another (--z-dim 2: the latent plane); study.png: what sigma^2 and the KL term do;
-         curves.png, log.csv, samples.pt. Printed: test NLL by the bound with k = 100, -ELBO, KL in
-         nats; error of reconstructions; spread of the codes; distance of samples to the data.
+         curves.png, study_curves.png, log.csv, samples.pt. Printed: test NLL by the bound with
+         k = 100, -ELBO, KL in nats (those of gaussian models are of densities, and compare with
+         each other alone); error of reconstructions; spread of the codes; distance to the data.
          On binarised MNIST: NLL 87.9 nats (Burda et al.: 86.8), KL 26.8; by the second run line
          83.6 (Burda et al., k = 50: 84.8; two layers of codes: 82.9). In the study sigma^2 of
          a tenth of 0.001 gives sharp reconstructions (mse 0.016), ten times a grey blot for all
          (0.065, KL 0.01); without the KL term they are sharp (0.015), but samples are all alike:
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
+Time     3.5 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
 Differs  convolutions with batch norm for the paper's perceptrons; every batch is drawn to 0 or 1
          anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
-Time     3.5 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
 Run      python 01_vae.py
          python 01_vae.py --models vae -k 5 --batch 64 --lr 6e-3 --steps 30000 --k-test 1000
          python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --z-dim 128 --steps 3000 \
@@ -56,6 +58,15 @@ def kl_standard_normal(mu, logvar):
     mu, logvar = log σ²: [B, d]. >= 0, and 0 only if mu = 0 and σ = 1.
     """
     return 0.5 * (logvar.exp() + mu ** 2 - 1 - logvar).sum(dim=-1)
+
+
+def negative_elbo(log_px, mu, logvar):
+    """KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z) of each example, nats [B]; to be minimised.
+
+    log_px = log p(x|z): [k, B], for k draws z of q = N(mu, exp(logvar)), both [B, d]. An upper
+    bound of -log p(x) in the mean, exact where q is the posterior of the decoder.
+    """
+    return kl_standard_normal(mu, logvar) - log_px.mean(dim=0)
 
 
 def vae_loss(x, x_rec, mu, logvar, x_sigma2):
@@ -176,30 +187,30 @@ def mirrored(x):
 
 
 def seen(model, x):
-    """The batch x in [-1, 1] as the model sees it: [0, 1], drawn anew to 0 or 1 for Bernoulli."""
-    x = (x + 1) / 2
+    """The batch x in [0, 1] as the model sees it: for Bernoulli drawn anew to 0 or 1."""
     return torch.bernoulli(x) if model.likelihood == "bernoulli" else x
 
 
 @torch.no_grad()
-def measure(net, model, x, k):
-    """Numbers for test pictures x [N, C, H, W], as the model sees them.
+def measure(net, model, grey, x, k):
+    """Numbers for test pictures in [0, 1], grey and, x [N, C, H, W], as the model sees them.
 
-    nll: -iwae_bound with k samples, elbo: -ELBO, kl: all in nats for each picture. mse: of
-    the pixels of the reconstruction from mu, in [0, 1] units. spread: standard deviation of the
-    codes z of all pictures, 1 if together they fill the prior.
+    nll: -iwae_bound with k samples, -elbo, kl: all in nats for each picture. mse: of the
+    reconstruction from mu to the grey picture. spread: standard deviation of the codes z of all
+    pictures, 1 if together they fill the prior.
     """
     nll, elbo, kl, mse, codes = [], [], [], [], []
-    for few in x.split(max(1, 1000 // k)):  # times k decoded pictures at once
-        mu, logvar = net.encode(few)
+    few = max(1, 1000 // k)  # times k decoded pictures at once
+    for grey, x in zip(grey.split(few), x.split(few)):
+        mu, logvar = net.encode(x)
         z = reparameterise(mu, logvar, torch.randn(k, *mu.shape, device=x.device))
-        log_px = log_likelihood(model, few, net.decode(z))
+        log_px = log_likelihood(model, x, net.decode(z))
         kl.append(kl_standard_normal(mu, logvar))
         nll.append(-iwae_bound(log_px, z, mu, logvar))
-        elbo.append(kl[-1] - log_px.mean(dim=0))
-        mse.append(((net.decode(mu).sigmoid() - few) ** 2).flatten(1).mean(dim=1))
+        elbo.append(negative_elbo(log_px, mu, logvar))
+        mse.append(((net.decode(mu).sigmoid() - grey) ** 2).flatten(1).mean(dim=1))
         codes.append(z[0])
-    numbers = dict(nll=nll, elbo=elbo, kl=kl, mse=mse)
+    numbers = {"nll": nll, "-elbo": elbo, "kl": kl, "mse": mse}
     return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()} \
         | {"spread": torch.cat(codes).var(dim=0, correction=0).mean().sqrt().item()}
 
@@ -241,15 +252,15 @@ def train(args, name, model, images, test, device, saved, done):
         for step in range(first + 1, steps + 1):
             # x -> q(z|x) -> z -> p(x|z): descend -ELBO, the course's loss, or the bound with k > 1
             x = next(batches)[0]
-            x = seen(model, mirrored(x) if c == 3 else x)
+            grey = ((mirrored(x) if c == 3 else x) + 1) / 2
+            x = seen(model, grey)
             mu, logvar = net.encode(x)
             z = reparameterise(mu, logvar, torch.randn(model.k, *mu.shape, device=device))
             logits = net.decode(z)
-            kl = kl_standard_normal(mu, logvar).mean()
             if model.k > 1:
                 loss = -iwae_bound(log_likelihood(model, x, logits), z, mu, logvar).mean()
             elif model.likelihood == "bernoulli":
-                loss = model.kl_weight * kl - log_bernoulli(x, logits).mean()
+                loss = negative_elbo(log_bernoulli(x, logits), mu, logvar).mean()
             else:
                 _, data, kl_2 = vae_loss(x, logits[0].sigmoid(), mu, logvar, model.x_sigma2)
                 loss = data + model.kl_weight * kl_2
@@ -258,13 +269,13 @@ def train(args, name, model, images, test, device, saved, done):
             opt.step()
             rate.step()
 
-            common.check_finite(step, loss=loss.item())
-            show(step, loss=loss.item(), kl=kl.item())
+            numbers = {"loss": loss.item(), "kl": kl_standard_normal(mu, logvar).mean().item()}
+            common.check_finite(step, **numbers)
+            show(step, **numbers)
             milestone = step % every == 0 or step == steps
             if milestone:
-                mse = F.mse_loss(logits[0].sigmoid(), x).item()
-                log.append({"model": name, "step": step, "loss": loss.item(), "kl": kl.item(),
-                            "mse": mse})
+                mse = F.mse_loss(logits[0].sigmoid(), grey).item()
+                log.append({"model": name, "step": step, **numbers, "mse": mse})
             if milestone or pressed():
                 common.save_checkpoint(args, parts, model=name, step=step, log=log, done=done)
             if pressed():
@@ -272,19 +283,19 @@ def train(args, name, model, images, test, device, saved, done):
 
     net.eval()
     torch.manual_seed(args.seed)  # the same binarised test pictures for every model
-    x = seen(model, common.to_float(test.x[:N_TEST]))
-    n = N_TEST // 100 if args.quick else round(N_TEST * model.share)
-    samples = decode(net, z_fixed[:1000])
+    grey = (common.to_float(test.x[:args.n_test]) + 1) / 2
+    x, n = seen(model, grey), max(1, round(args.n_test * model.share))
+    samples = generate(net, z_fixed[:1000])
     if name == "vae":
-        common.save(common.to_uint8(decode(net, z_fixed)).cpu(), args.out / "samples.pt")
-    x_train = seen(model, common.to_float(images.x[:32]))
+        common.save(common.to_uint8(generate(net, z_fixed)).cpu(), args.out / "samples.pt")
+    x_train = seen(model, (common.to_float(images.x[:32]) + 1) / 2)
     return {"log": log, "pictures": pictures(net, x, x_train, samples),
-            **measure(net, model, x[:n], args.k_test),
+            **measure(net, model, grey[:n], x[:n], args.k_test),
             "distance": nearest_distance(samples, images)}
 
 
 @torch.no_grad()
-def decode(net, z):
+def generate(net, z):
     """The mean of p(x|z) in [-1, 1] for z [N, d_z], a thousand at a time."""
     return torch.cat([2 * net.decode(part).sigmoid() - 1 for part in z.split(1000)])
 
@@ -297,14 +308,14 @@ def pictures(net, x, x_train, samples):
     several = reparameterise(mu[:6], logvar[:6], torch.randn(5, 6, mu.shape[1], device=x.device))
     alpha = torch.linspace(0, 1, 8, device=x.device)[:, None]
     between = torch.cat([(1 - alpha) * mu[i] + alpha * mu[i + 1] for i in range(0, 12, 2)])
-    pairs, pairs_train = (torch.stack([2 * a - 1, decode(net, net.encode(a)[0])], dim=1)
+    pairs, pairs_train = (torch.stack([2 * a - 1, generate(net, net.encode(a)[0])], dim=1)
                           .flatten(0, 1) for a in (x, x_train))
     kept = {"pairs": pairs, "pairs_train": pairs_train, "samples": samples[:64],
-            "several": torch.cat([2 * x[:6] - 1, decode(net, several.flatten(0, 1))]),
-            "between": decode(net, between)}
+            "several": torch.cat([2 * x[:6] - 1, generate(net, several.flatten(0, 1))]),
+            "between": generate(net, between)}
     if mu.shape[1] == 2:  # the quantiles of the prior, from -1.64 to 1.64 in both directions
         line = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.05, 0.95, 15)).to(x.device)
-        kept["manifold"] = decode(net, torch.cartesian_prod(line, line).flip(1))
+        kept["manifold"] = generate(net, torch.cartesian_prod(line, line).flip(1))
     return {name: common.to_uint8(x).cpu() for name, x in kept.items()}
 
 
@@ -312,31 +323,31 @@ def pictures(net, x, x_train, samples):
 
 def figures(args, images, done):
     """pictures.png: one model closely; study.png: all models; curves.png and log.csv."""
-    def show(x, columns):
-        return lambda ax: common.draw_images(ax, x, columns)
-
     title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     name, run = next(iter(done.items()))
-    kept = run["pictures"]
-    cells = [("training pictures, each left\nof its reconstruction", show(kept["pairs_train"], 8)),
-             ("test pictures, each left of\nits reconstruction", show(kept["pairs"], 8)),
-             ("top row: pictures; below:\neach encoded five times", show(kept["several"], 6)),
-             ("samples: decoded\nz ~ N(0, I)", show(kept["samples"], 8)),
-             ("from one code to another\nin equal steps", show(kept["between"], 8))]
-    if "manifold" in kept:
-        cells.append(("the latent plane, by\nquantiles of the prior", show(kept["manifold"], 15)))
+    cells = [(text, common.panel(run["pictures"][kind], columns)) for kind, columns, text in (
+        ("pairs_train", 8, "training pictures, each left\nof its reconstruction"),
+        ("pairs", 8, "test pictures, each left of\nits reconstruction"),
+        ("several", 6, "top row: pictures; below:\neach encoded five times"),
+        ("samples", 8, "samples: decoded\nz ~ N(0, I)"),
+        ("between", 8, "from one code to another\nin equal steps"),
+        ("manifold", 15, "the latent plane, by\nquantiles of the prior"))
+        if kind in run["pictures"]]
     common.save_panels(args.out / "pictures.png", [("", cells)], f"{title}: {name}")
     if len(done) > 1:
         def text(run, *names):
             return ", ".join(f"{name} {run[name]:.3g}" for name in names)
         common.save_panels(args.out / "study.png", [
             ("reconstructions", [
-                (f"{name}\n{text(run, 'mse', 'kl')}", show(run["pictures"]["pairs"], 8))
+                (f"{name}\n{text(run, 'mse', 'kl')}", common.panel(run["pictures"]["pairs"]))
                 for name, run in done.items()]),
-            ("samples", [(text(run, "spread", "distance"), show(run["pictures"]["samples"], 8))
+            ("samples", [(text(run, "spread", "distance"), common.panel(run["pictures"]["samples"]))
                          for run in done.values()])], title)
     log = [row for run in done.values() for row in run["log"]]
-    common.plot_curves(args.out / "curves.png", log, ["loss", "kl", "mse"], "model", title)
+    for file, mine in (("curves.png", [row for row in log if row["model"] == "vae"]),
+                       ("study_curves.png", [row for row in log if row["model"] != "vae"])):
+        if mine:
+            common.plot_curves(args.out / file, mine, ["loss", "kl", "mse"], "model", title)
     common.write_log(args.out / "log.csv", log)
 
 
@@ -362,32 +373,38 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=common.positive_float, default=1e-2, help="Adam's rate, falls to 0")
     g.add_argument("--k-test", type=common.positive_int, default=100, help="samples of z in the "
                    "bound on test pictures: more of them, a tighter bound")
-    args = p.parse_args(argv)
-    if args.quick:
-        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-    args.n_samples = 1000 if args.quick else N_SAMPLES
+    p.set_defaults(n_samples=N_SAMPLES, n_test=N_TEST)
+    args = common.parse(p, argv, quick=dict(data="digits", steps=32, n_samples=1000, n_test=20))
     args.models = list(dict.fromkeys(args.models))
     return args
+
+
+def check(args, images):
+    """Ends the run if the flags do not fit the data."""
+    widths, small = channels(images.x.shape[2])
+    common.check_side(images, small * 2 ** len(widths))
+    if min(args.batch, len(images.x)) < 2:
+        common.fail("batch norm needs more than one picture: use --batch 2 or more")
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
-    c, side = images.x.shape[1:3]
-    if side % 4:
-        common.fail(f"the pictures are {side}x{side}: use a --size that is divisible by 4")
+    check(args, images)
+    saved = common.load_checkpoint(args)
+    known = models(args, grey=images.x.shape[1] == 1)
     done = saved["done"] if saved else {}
-    for name, model in models(args, grey=c == 1).items():
+    for name, model in known.items():
         if name not in done:
             resumed = saved if saved and saved["model"] == name else None
             done[name] = train(args, name, model, images, test, device, resumed, dict(done))
     figures(args, images, done)
-    columns = ["nll", "elbo", "kl", "mse", "spread", "distance"]
-    common.print_table(["model", *columns], [
-        [name, *(f"{run[column]:.4g}" for column in columns)] for name, run in done.items()])
+    columns = ["nll", "-elbo", "kl", "mse", "spread", "distance"]
+    common.print_table(["model", "likelihood", *columns], [
+        [name, known[name].likelihood, *(f"{run[column]:.4g}" for column in columns)]
+        for name, run in done.items()])
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def fingerprint(loss_d, loss_g, real_label=1.0):
     """The likely cause of losses that stay where they are, or None if they say nothing.
 
     loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats;
-    minimax_g is recognised by its sign.
+    loss_g is compared without its sign, which is minimax_g's alone.
     """
     entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
                                                  + (1 - real_label) * math.log(1 - real_label))
@@ -417,8 +417,57 @@ def nets(method, c, side, classes):
     return G, Discriminator(c, side, classes, method.labels == "condition", method.dropout)
 
 
+def draw(method, G, y, n, classes, device):
+    """Labels for n pictures (infogan invents them), one-hot if the method has any, and pictures."""
+    if method.labels == "code":
+        y = torch.randint(classes, (n,), device=device)
+    one_hot = F.one_hot(y, classes).float() if method.labels else None
+    return y, one_hot, G(with_labels(torch.randn(n, Z, device=device), one_hot))
+
+
+def noisy(x, std):
+    return x + std * torch.randn_like(x) if std else x
+
+
+def loss_of_d(args, method, real, fake, k):
+    """The method's loss of D, with what it takes beside the scores."""
+    if method.d is bce_d:
+        return bce_d(real, fake, args.real_label, args.label_noise)
+    return began_d(real, fake, k) if method.d is began_d else method.d(real, fake)
+
+
+def loss_of_labels(method, D, x_fake, y, guess):
+    """Cross-entropy of the labels y: acgan's D says them, infogan's Q reads them in x_fake."""
+    if method.labels == "code":
+        return F.cross_entropy(D(disturbed(x_fake), None)[1], y)
+    if method.labels == "guess":
+        return F.cross_entropy(guess, y.repeat(len(guess) // len(y)))  # of D's two halves
+    return 0.0
+
+
+def disagreement(method, D, x):
+    """infogan's Q should also read the same code in two disturbed copies of a data picture."""
+    if method.labels != "code":
+        return 0.0
+    p, q = (D(disturbed(x), None)[1].softmax(dim=1) for _ in range(2))
+    return -AGREEMENT * mutual_information(p, q)
+
+
+def penalties(args, method, critic, x, x_fake):
+    """What holds D's slope, weighted: the method's own penalty, and R1 if it is asked for."""
+    total = LAMBDA * method.penalty(critic, x, x_fake) if method.penalty else 0.0
+    return total + args.r1 / 2 * r1_penalty(critic, x) if args.r1 else total
+
+
+def clip(net, limit):
+    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1)."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.clamp_(-limit, limit)
+
+
 def train(args, name, images, device, saved, done):
-    """Trains one method; returns its log and a few pictures, and writes samples_{name}.pt.
+    """Trains one method; returns its log, numbers and pictures, and writes samples_{name}.pt.
 
     saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
     """
@@ -442,79 +491,41 @@ def train(args, name, images, device, saved, done):
         first, log, k = saved["step"], saved["log"], saved["k"]
         common.restore(saved, parts)
     sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data, G wants the same
-    real_batches = common.batches(images, args.batch, args.seed, first * d_steps)
+    batches = common.batches(images, args.batch, args.seed, first * d_steps)
     show = common.progress(name, steps, args.batch, first)
     every, start = max(1, steps // 40), time.monotonic()
-
-    def d_loss(real, fake):
-        """The method's loss of D, with what it takes beside the scores."""
-        if method.d is bce_d:
-            return bce_d(real, fake, args.real_label, args.label_noise)
-        return began_d(real, fake, k) if method.d is began_d else method.d(real, fake)
-
-    def label_loss(x_fake, y, guess):
-        """Cross-entropy of the labels y: acgan's D says them, infogan's Q reads them in x_fake."""
-        if method.labels == "code":
-            return F.cross_entropy(D(disturbed(x_fake), None)[1], y)
-        if method.labels == "guess":
-            return F.cross_entropy(guess, y.repeat(len(guess) // len(y)))  # of D's two halves
-        return 0.0
-
-    def disagreement(x):
-        """infogan's Q should also read the same code in two disturbed copies of a data picture."""
-        if method.labels != "code":
-            return 0.0
-        p, q = (D(disturbed(x), None)[1].softmax(dim=1) for _ in range(2))
-        return -AGREEMENT * mutual_information(p, q)
-
-    def draw(x, y):
-        """Labels for a batch like x, one-hot (None for a method without), and G's pictures."""
-        if method.labels == "code":
-            y = torch.randint(classes, (len(x),), device=device)
-        one_hot = F.one_hot(y, classes).float() if method.labels else None
-        return y, one_hot, G(with_labels(torch.randn(len(x), Z, device=device), one_hot))
-
-    def noisy(x):
-        std = args.input_noise * (1 - step / steps)
-        return x + std * torch.randn_like(x) if std else x
-
-    def critic(x):
-        return D(x, one_hot)[0]  # with the labels of the batch at hand
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, steps + 1):
             milestone = step % every == 0 or step == steps
+            std = args.input_noise * (1 - step / steps)
 
             # D's half: descend its loss on data and on G's pictures, G untouched
             for _ in range(d_steps):
-                x, y = next(real_batches)
-                y, one_hot, x_fake = draw(x, y)
-                both = noisy(torch.cat([x, x_fake.detach()]))  # one pass for both
+                x, y = next(batches)
+                y, one_hot, x_fake = draw(method, G, y, len(x), classes, device)
+                both = noisy(torch.cat([x, x_fake.detach()]), std)  # one pass for both
                 score, guess = D(both, None if one_hot is None else one_hot.repeat(2, 1))
                 real, fake = score.split(len(x))
-                loss_d = d_loss(real, fake)
-                total_d = loss_d + label_loss(x_fake.detach(), y, guess) + disagreement(x)
-                if method.penalty:
-                    total_d = total_d + LAMBDA * method.penalty(critic, x, x_fake.detach())
-                if args.r1:
-                    total_d = total_d + args.r1 / 2 * r1_penalty(critic, x)
+                loss_d = loss_of_d(args, method, real, fake, k)
+                total_d = loss_d + loss_of_labels(method, D, x_fake.detach(), y, guess) \
+                    + disagreement(method, D, x) \
+                    + penalties(args, method, lambda x: D(x, one_hot)[0], x, x_fake.detach())
                 opt_d.zero_grad()
                 total_d.backward()
                 opt_d.step()
+                if method.clip:
+                    clip(D, CLIP)
                 if method.d is began_d:
                     k = began_k(k, real, fake, LAMBDA_K, GAMMA)
-                if method.clip:
-                    with torch.no_grad():
-                        for p in D.parameters():
-                            p.clamp_(-CLIP, CLIP)
 
             # G's half: descend its loss through D, D untouched
             for g_step in range(args.g_steps):
                 if g_step:
-                    y, one_hot, x_fake = draw(x, y)
-                fake, guess = D(noisy(x_fake), one_hot)
+                    y, one_hot, x_fake = draw(method, G, y, len(x), classes, device)
+                fake, guess = D(noisy(x_fake, std), one_hot)  # guess: the codes of an autoencoder
                 loss_g = method.g(sign * fake)
-                total_g = loss_g + label_loss(x_fake, y, guess)
+                total_g = loss_g + loss_of_labels(method, D, x_fake, y, guess)
                 if method.pull_away:
                     a, b = method.pull_away
                     total_g = total_g + (a + (b - a) * step / steps) * pull_away(guess)
@@ -539,18 +550,18 @@ def train(args, name, images, device, saved, done):
                     log[-1]["convergence"] = began_convergence(real, fake, GAMMA)
                 cause = method.d is bce_d and new_fingerprint(log, args.real_label)
                 if cause:
-                    print(f"{name}: losses stay at {loss_d:.4f} and {loss_g:.4f}: {cause}")
+                    common.say(f"{name}: losses stay at {loss_d:.4f} and {loss_g:.4f}: {cause}")
             if milestone or pressed():
                 common.save_checkpoint(args, parts, loss=name, step=step, log=log, k=k, done=done)
             if pressed():
                 common.stop(step)
 
-    ms = 1000 * (time.monotonic() - start) / max(1, steps - first)
+    seconds = time.monotonic() - start
     samples = generate(G, with_labels(
         z_fixed, F.one_hot(y_fixed, classes).float() if method.labels else None))
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
     return {"log": log, "pictures": common.to_uint8(samples[:PANEL]).cpu(),
-            "ms a step": ms,
+            "ms a step": 1000 * seconds / (steps - first) if steps > first else math.nan,
             **report(samples[:N_NEAREST], y_fixed[:N_NEAREST], images, method.labels)}
 
 
@@ -569,12 +580,11 @@ def figures(args, images, done):
     """samples.png, saturation.png, curves.png, log.csv."""
     def panel(name, run):
         numbers = [f"{key} {run[key]:.3g}" for key in ("kl", "obeyed") if key in run]
-        return (f"{name}\n{', '.join(numbers)}",
-                lambda ax: common.draw_images(ax, run["pictures"], columns=10))
+        return f"{name}\n{', '.join(numbers)}", common.panel(run["pictures"], columns=10)
 
     title = f"GAN losses on {images.name}, seed {args.seed}, same z"
-    data = ("data\n", lambda ax: common.draw_images(ax, images.x[:PANEL], columns=10))
-    cells = [data] + [panel(name, run) for name, run in done.items()]
+    cells = [("data\n", common.panel(images.x[:PANEL], columns=10))]
+    cells += [panel(name, run) for name, run in done.items()]
     common.save_panels(args.out / "samples.png",
                        [("", cells[i:i + 4]) for i in range(0, len(cells), 4)], title)
     log = [row for run in done.values() for row in run["log"]]
@@ -584,7 +594,7 @@ def figures(args, images, done):
             ("slope of G's loss against D(G(z)):\nformula, and where training was",
              lambda ax: draw_slopes(ax, log)),
             ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log)),
-            *(panel(name, run) for name, run in ahead.items())])])
+            *(panel(name, run) for name, run in ahead.items())])], f"{title}, D far ahead")
     common.plot_curves(args.out / "curves.png", log, ["loss_d", "loss_g", "D(x)", "D(G(z))",
                                                       "gradient"], "loss", title)
     common.write_log(args.out / "log.csv", log)
@@ -639,21 +649,16 @@ def parse_args(argv=None):
     g.add_argument("--input-noise", type=common.share, default=0.0,
                    help="standard deviation of noise on D's input, in [-1, 1] units, falls to 0")
     g.add_argument("--r1", type=common.not_negative, default=0.0, help="weight of R1, gamma")
-    args = p.parse_args(argv)
-    if args.quick:
-        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-    args.n_samples = 1000 if args.quick else N_SAMPLES
+    p.set_defaults(n_samples=N_SAMPLES)
+    args = common.parse(p, argv, quick=dict(data="digits", steps=8, n_samples=1000))
     args.loss = list(METHODS) if "all" in args.loss else list(dict.fromkeys(args.loss))
     return args
 
 
 def check(args, images):
     """Ends the run if the flags do not fit the data or the losses."""
-    side = images.x.shape[2]
-    widths, small = channels(side)
-    fits = max(4, small * 2 ** len(widths))
-    if side != fits:
-        common.fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
+    widths, small = channels(images.x.shape[2])
+    common.check_side(images, small * 2 ** len(widths))
     for name in args.loss:
         method = METHODS[name]
         if images.y is None and method.labels in ("condition", "guess"):
@@ -669,9 +674,9 @@ def check(args, images):
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     check(args, images)
+    saved = common.load_checkpoint(args)
     done = saved["done"] if saved else {}
     for name in args.loss:
         if name not in done:

@@ -28,17 +28,17 @@ from torch.nn import functional as F
 import common
 
 SETTINGS = {  # one setting for every k; both rates fall to 0 along a cosine
-    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5, eta=0.1,
-                 saturating=True),
-    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5, eta=0.1,
-                 saturating=True),
+    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
+                 eta=0.1, saturating=True),
+    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
+                 eta=0.1, saturating=True),
     # a step of eta moves D(x) by about eta |x|^2, and |x|^2 is near 784: eta must be small here
     "images": dict(k=[0, 2], steps=1200, batch=64, d_z=50, lr_g=5e-4, lr_d=5e-4, beta1=0.0,
                    eta=0.005, saturating=False),
 }
 D_HIDDEN = 512
-N_SAMPLES = 10_000                     # for the numbers and samples_k{k}.pt
-SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)   # shares of the training after which a picture is kept
+N_SAMPLES = 10_000               # for the numbers and samples_k{k}.pt
+SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the training after which a picture is kept
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Task(NamedTuple):
     """All that differs between points and pictures."""
     name: str
     nets: Callable      # () -> G, D
-    real: Callable      # number of the first batch -> endless batches of data
+    batches: Callable   # number of the first batch -> endless batches of data
     measure: Callable   # samples -> dict of numbers
     keep: Callable      # samples -> what samples_k{k}.pt holds
     snapshot: Callable  # samples, D -> dict of tensors
@@ -170,7 +170,7 @@ def plane_task(args, setting, device):
     data = common.gaussian_mixture(centres, std, 1000)
     on_device = centres.to(device)
 
-    def real(_):
+    def batches(_):
         while True:
             yield common.gaussian_mixture(on_device, std, setting["batch"])
 
@@ -182,7 +182,7 @@ def plane_task(args, setting, device):
         points, levels = (shot["points"], shot["levels"]) if shot else (data, None)
         return lambda ax: common.draw_points(ax, points, centres, reach, levels)
 
-    return Task(args.data, lambda: plane_nets(setting["d_z"]), real,
+    return Task(args.data, lambda: plane_nets(setting["d_z"]), batches,
                 lambda x: mode_report(x, on_device, std), lambda x: x, snapshot, draw)
 
 
@@ -193,17 +193,16 @@ def image_task(args, setting, device):
     if h % 4 or w % 4:
         common.fail(f"the pictures are {w}x{h}, G needs sides divisible by 4: change --size")
 
-    def real(first):
+    def batches(first):
         return (x for x, _ in common.batches(images, setting["batch"], args.seed, first))
 
     def snapshot(samples, _):
         return {"pictures": common.to_uint8(samples[:36]).cpu()}
 
     def draw(shot):
-        pictures = shot["pictures"] if shot else images.x[:36]
-        return lambda ax: common.draw_images(ax, pictures, columns=6)
+        return common.panel(shot["pictures"] if shot else images.x[:36], columns=6)
 
-    return Task(images.name, lambda: image_nets(setting["d_z"], c, h, w), real,
+    return Task(images.name, lambda: image_nets(setting["d_z"], c, h, w), batches,
                 lambda x: class_report(x, images), common.to_uint8, snapshot, draw)
 
 
@@ -248,9 +247,10 @@ def kl_to_uniform(counts):
 # --- train -------------------------------------------------------------------------------------
 
 def train(args, setting, task, k, device, saved, done):
-    """Trains one GAN with k unrolled steps; returns its log, snapshots and samples.
+    """Trains one GAN with k unrolled steps; returns its log, snapshots and numbers, and writes
+    samples_k{k}.pt.
 
-    saved: the checkpoint to go on from, or None; done: results of the k before, to be kept in it.
+    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
     """
     torch.manual_seed(args.seed)  # every k starts from the same networks
     G, D = (net.to(device) for net in task.nets())
@@ -260,33 +260,36 @@ def train(args, setting, task, k, device, saved, done):
     rate_g = torch.optim.lr_scheduler.CosineAnnealingLR(opt_g, args.steps)
     rate_d = torch.optim.lr_scheduler.CosineAnnealingLR(opt_d, args.steps)
     parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
-    z_fixed = torch.randn(N_SAMPLES, setting["d_z"]).to(device)  # the same for every k and figure
+    z_fixed = torch.randn(args.n_samples, setting["d_z"]).to(device)  # the same for every k
 
     first, log, shots = 0, [], []
     if saved:
         first, log, shots = saved["step"], saved["log"], saved["shots"]
         common.restore(saved, parts)
-    real = task.real(first * (args.g_steps + args.d_steps))
+    batches = task.batches(first * (args.g_steps + args.d_steps))
     shot_steps = {math.ceil(share * args.steps) for share in SHOTS}
     show = common.progress(f"k={k}", args.steps, setting["batch"], first)
+    every = max(1, args.steps // 40)
 
-    def draw_z():
-        return torch.randn(setting["batch"], setting["d_z"], device=device)
+    def draw(x):
+        """As many of G's as there are in x."""
+        return G(torch.randn(len(x), setting["d_z"], device=device))
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, args.steps + 1):
             # G descends f(θ_G, θ_D^k(θ_G)); the gradient is asked for G alone, D stays untouched
             for _ in range(args.g_steps):
-                loss_g = unrolled_loss_g(D, next(real), G(draw_z()), k, args.eta,
-                                         args.method == "exact", setting["saturating"])
+                x = next(batches)
+                loss_g = unrolled_loss_g(D, x, draw(x), k, args.eta, args.method == "exact",
+                                         setting["saturating"])
                 opt_g.zero_grad()
                 loss_g.backward(inputs=tuple(G.parameters()))
                 opt_g.step()
 
             # D climbs f(θ_G, θ_D): one ordinary step, from where it was
             for _ in range(args.d_steps):
-                x_fake = G(draw_z()).detach()
-                loss_d = -value(D, dict(D.named_parameters()), next(real), x_fake)
+                x = next(batches)
+                loss_d = -value(D, dict(D.named_parameters()), x, draw(x).detach())
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -295,7 +298,7 @@ def train(args, setting, task, k, device, saved, done):
             rate_d.step()
             common.check_finite(step, loss_g=loss_g.item(), loss_d=loss_d.item())
             show(step, loss_g=loss_g.item(), f=-loss_d.item())
-            milestone = step % max(1, args.steps // 40) == 0 or step == args.steps
+            milestone = step % every == 0 or step == args.steps
             if milestone or step in shot_steps:
                 few = generate(G, z_fixed[:1000])
                 numbers = {"k": k, "step": step, "loss_g": loss_g.item(), "f": -loss_d.item(),
@@ -307,9 +310,10 @@ def train(args, setting, task, k, device, saved, done):
                 common.save_checkpoint(args, parts, k=k, step=step, log=log, shots=shots, done=done)
             if pressed():
                 common.stop(step)
+
     samples = generate(G, z_fixed)
-    return {"log": log, "shots": shots, "samples": task.keep(samples).cpu(),
-            **task.measure(samples)}
+    common.save(task.keep(samples).cpu(), args.out / f"samples_k{k}.pt")
+    return {"log": log, "shots": shots, **task.measure(samples)}
 
 
 @torch.no_grad()
@@ -351,30 +355,29 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=common.positive_int, help="training steps for each k")
     g.add_argument("--g-steps", type=common.positive_int, default=1, help="G steps per step")
     g.add_argument("--d-steps", type=common.positive_int, default=1, help="D steps per step")
-    args = p.parse_args(argv)
+    p.set_defaults(n_samples=N_SAMPLES)
+    args = common.parse(p, argv, quick=dict(n_samples=1000))
     setting = SETTINGS.get(args.data, SETTINGS["images"])
     args.k = list(dict.fromkeys(args.k or setting["k"]))
     args.eta = args.eta or setting["eta"]
-    args.steps = args.steps or (setting["steps"] // 40 if args.quick else setting["steps"])
+    args.steps = args.steps or setting["steps"] // (40 if args.quick else 1)
     return args, setting
 
 
 def main(argv=None):
     args, setting = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     task = (plane_task if args.data in ("ring", "grid") else image_task)(args, setting, device)
+    saved = common.load_checkpoint(args)
     done = saved["done"] if saved else {}
     for k in args.k:
-        if k in done:
-            continue
-        resumed = saved if saved and saved["k"] == k else None
-        done[k] = train(args, setting, task, k, device, resumed, dict(done))
-        common.save(done[k]["samples"], args.out / f"samples_k{k}.pt")
+        if k not in done:
+            resumed = saved if saved and saved["k"] == k else None
+            done[k] = train(args, setting, task, k, device, resumed, dict(done))
     figures(args, task, done)
-    numbers = [name for name, value in done[k].items() if isinstance(value, (int, float))]
-    common.print_table(["k", *numbers], [[k, *(f"{run[n]:.4g}" for n in numbers)]
-                                         for k, run in done.items()])
+    columns = [name for name in next(iter(done.values())) if name not in ("log", "shots")]
+    common.print_table(["k", *columns], [
+        [k, *(f"{run[column]:.4g}" for column in columns)] for k, run in done.items()])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Papers   Creswell, Bharath 2016, arXiv:1611.05644 (inversion by gradient descent
          2017, arXiv:1702.04782 (a generator's own pictures can be found again); Zhu et al. 2016,
          arXiv:1609.03552 (encoder first, then optimisation).
 Idea     z* = argmin_z ‖G(z) - x‖² from R starts, the best start kept for each picture   -> invert()
-         E: min E ‖E(G(z)) - z‖² + ‖G(E(x)) - x‖²                                  -> encoder_loss()
+         E descends mean (E(G(z)) - z)² + mean (G(E(x)) - x)²                      -> encoder_loss()
          Hybrid: the only start is E(x), with as many steps as all the random starts together.
 See      inversion.png: targets above what was found; starts.png: the error of every start;
          worst.png: what G cannot draw; between.png: from one test picture to another; samples.pt,
@@ -12,8 +12,8 @@ See      inversion.png: targets above what was found; starts.png: the error of e
          On MNIST, 240 steps for each picture, mean squared errors: of 200 pictures of G the hybrid
          finds 198 again, three random starts of 80 steps 1. 500 test digits: 0.052 from random
          starts, 0.058 by the encoder, 0.0074 by the hybrid (0.001 for a 1, 0.012 for an 8). So most
-         of what random starts leave is not G's fault: the search got stuck. The hybrid's z is longer
-         (9.5) than draws of N(0, I) are (8.0): G is made to draw what it hardly ever would.
+         of what random starts leave is not G's fault: the search got stuck. The hybrid's z has norm
+         9.5, draws of N(0, I) have 8.0: G is made to draw what it hardly ever would.
 Time     4 min on 2 CPU cores, 1.8 min with the kept generator.
 Differs  Adam with beta2 = 0.9 for z; the generator is the nonsaturating one of chapter 02.
 Run      python 04_inversion.py
@@ -30,7 +30,7 @@ from torchvision.utils import draw_bounding_boxes
 
 import common
 
-LR, LR_E, ADAM_BETAS = 4e-3, 4e-3, (0.0, 0.999)  # rates of G and D, and of E; betas of G and D
+LR, ADAM_BETAS = 4e-3, (0.0, 0.999)  # of G and D; E has the rate, and the usual betas
 FOUND = 0.001                    # mean squared error below which a picture counts as found again
 N_SELF, N_TEST = 200, 500        # pictures of G, and of the test set, that are inverted
 N_SAMPLES = 10_000               # pictures in samples.pt
@@ -83,11 +83,6 @@ def encoder_loss(E, G, x, z):
     return F.mse_loss(E(G(z)), z) + F.mse_loss(G(E(x)), x)
 
 
-def psnr(error):
-    """Peak signal-to-noise ratio 10 log10(2² / error) in dB, for pictures in [-1, 1]."""
-    return 10 * torch.log10(4 / error)
-
-
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
@@ -137,12 +132,12 @@ def encoder(d_z, c, side):
 def report(x, x_rec, z, z_true, y):
     """Errors of x_rec [N, C, H, W] beside x in [-1, 1] units; with labels y [N] for each class too.
 
-    mse: mean over pictures; psnr: mean of each picture's, dB, at most 100; found: share with an
-    error below FOUND; norm: of z [N, d], √d for draws of N(0, I); z error: mean (z - z_true)², 2
-    for two unrelated draws, nan where z_true is None.
+    mse: mean over all pictures; psnr: 10 log10(2² / mse), dB; found: share with an error below
+    FOUND; norm: of z [N, d], √d for draws of N(0, I); z error: mean (z - z_true)², 2 for two
+    unrelated draws, nan where z_true is None.
     """
     error = squared_error(x, x_rec)
-    numbers = {"mse": error.mean().item(), "psnr": psnr(error.clamp(min=4e-10)).mean().item(),
+    numbers = {"mse": error.mean().item(), "psnr": 10 * torch.log10(4 / error.mean()).item(),
                "found": (error < FOUND).float().mean().item(), "norm": z.norm(dim=1).mean().item(),
                "z error": math.nan if z_true is None else F.mse_loss(z, z_true).item()}
     if y is not None:
@@ -173,7 +168,7 @@ def train(args, images, device, saved):
                                           encoder(args.z_dim, c, side)))
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=LR, betas=ADAM_BETAS, fused=True)
                     for net in (G, D))
-    opt_e = torch.optim.Adam(E.parameters(), lr=LR_E, fused=True)
+    opt_e = torch.optim.Adam(E.parameters(), lr=LR, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     rate_g, rate_d = cosine(opt_g, args.steps), cosine(opt_d, args.steps)
     rate_e = cosine(opt_e, args.encoder_steps)
@@ -184,27 +179,30 @@ def train(args, images, device, saved):
     if saved:
         first, log = saved["step"], saved["log"]
         common.restore(saved, parts)
-    real_batches = common.batches(images, args.batch, args.seed, first)
+    batches = common.batches(images, args.batch, args.seed, first)
     show = common.progress("generator, encoder", total, args.batch, first)
     every = max(1, total // 40)
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, total + 1):
-            x = next(real_batches)[0]
+            x = next(batches)[0]
             z = torch.randn(len(x), args.z_dim, device=device)
             G.train(step <= args.steps)
             if step <= args.steps:
-                # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), then G -E log σ(D(G(z)))
+                # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), G untouched
                 x_fake = G(z)
                 real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
                 loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
+
+                # G descends -E log σ(D(G(z))), D untouched
                 loss_g = F.softplus(-D(x_fake)).mean()
                 opt_g.zero_grad()
                 loss_g.backward(inputs=tuple(G.parameters()))
                 opt_g.step()
+
                 rate_d.step()
                 rate_g.step()
                 losses = {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
@@ -297,34 +295,31 @@ def framed(x, top, left, width):
 def figures(args, name, G, x, y, results, samples):
     """inversion.png, starts.png, worst.png, between.png."""
     title = f"Inversion on {name}, seed {args.seed}"
-
-    def show(pictures, columns):
-        return lambda ax: common.draw_images(ax, pictures, columns)
-
     common.save_panels(args.out / "inversion.png", [(label, [
-        (f"{method}\n{run['psnr']:.1f} dB", show(above(x[label], run["x_rec"]), 8))
+        (f"{method}\n{run['psnr']:.1f} dB", common.panel(above(x[label], run["x_rec"])))
         for method, run in methods.items()]) for label, methods in results.items()],
         f"{title}: targets above what was found")
 
-    common.save_panels(args.out / "starts.png", [
-        ("", [(f"target {i}", lambda ax, i=i: draw_starts(ax, results["test"], i))
-              for i in range(min(5, len(x["test"])))])],
-        "error of every start against the step: random (blue), the encoder's (red)")
+    common.save_panels(args.out / "starts.png", [("", [
+        (f"target {i}", lambda ax, i=i: draw_starts(ax, results["test"], i))
+        for i in range(min(5, len(x["test"])))])],
+        f"{title}: error of every start against the step, random (blue), the encoder's (red)")
 
-    best = x["test"], results["test"]["hybrid"]["x_rec"], y  # what is left is G's fault
-    details = worst(*best)
+    best = results["test"]["hybrid"]  # what is left is G's fault
+    details = worst(x["test"], best["x_rec"], y)
     half = (len(details) // 8 + 1) // 2 * 8
-    common.save_panels(args.out / "worst.png", [("", [
-        ("samples of G", show(common.to_uint8(samples[:64]), 8)),
-        ("worst-drawn details: target,\nand what comes nearest", show(details[:half], 8)),
-        *([("(the other classes)", show(details[half:], 8)),
-           ("mean squared error of each\nclass, 0 (black) to 0.1", show(error_maps(*best), 4))]
-          if y is not None else [])])], title)
+    cells = [("samples of G", common.panel(common.to_uint8(samples[:64]))),
+             ("worst-drawn details: target,\nand what comes nearest", common.panel(details[:half]))]
+    if y is not None:
+        maps = error_maps(x["test"], best["x_rec"], y)
+        cells += [("(the other classes)", common.panel(details[half:])),
+                  ("mean squared error of each\nclass, 0 (black) to 0.1", common.panel(maps, 4))]
+    common.save_panels(args.out / "worst.png", [("", cells)], title)
 
     common.save_panels(args.out / "between.png", [("", [
         ("between the z of two test pictures\n(the ends: what was found)",
-         show(common.to_uint8(G(between(results["test"]["hybrid"]["z"]))), 9)),
-        ("between their pixels", show(common.to_uint8(between(x["test"])), 9))])], title)
+         common.panel(common.to_uint8(G(between(best["z"]))), 9)),
+        ("between their pixels", common.panel(common.to_uint8(between(x["test"])), 9))])], title)
 
 
 def between(v):
@@ -339,7 +334,7 @@ def draw_starts(ax, methods, i):
     for method, colour in (("optimisation", "C0"), ("hybrid", "C3")):
         for curve in methods[method]["errors"][i].cpu():
             ax.semilogy(curve.numpy(), colour, linewidth=1)
-    ax.set_xlabel("step")
+    ax.set(xlabel="step", ylim=(1e-5, 1))  # the same for all targets
 
 
 def worst(x, x_rec, y):
@@ -375,23 +370,16 @@ def parse_args(argv=None):
     g.add_argument("--starts", type=common.positive_int, default=3, help="starts for each picture")
     g.add_argument("--invert-steps", type=common.positive_int, default=80, help="for each start")
     g.add_argument("--invert-lr", type=common.positive_float, default=0.1, help="Adam's rate for z")
-    args = p.parse_args(argv)
-    args.n_self, args.n_test, args.n_samples = N_SELF, N_TEST, N_SAMPLES
-    if args.quick:
-        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-        args.encoder_steps = max(1, args.encoder_steps // 100)
-        args.invert_steps = max(1, args.invert_steps // 10)
-        args.n_self, args.n_test, args.n_samples = 20, 20, 1000
-    return args
+    p.set_defaults(n_self=N_SELF, n_test=N_TEST, n_samples=N_SAMPLES)
+    return common.parse(p, argv, quick=dict(
+        data="digits", steps=10, encoder_steps=6, invert_steps=8, n_self=20, n_test=20,
+        n_samples=1000))
 
 
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
-    side = images.x.shape[2]
-    widths, small = channels(side)
-    fits = max(4, small * 2 ** len(widths))
-    if side != fits:
-        common.fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
+    widths, small = channels(images.x.shape[2])
+    common.check_side(images, small * 2 ** len(widths))
     if min(args.batch, len(images.x)) < 2:
         common.fail("batch norm needs more than one picture: use --batch 2 or more")
 
@@ -399,10 +387,10 @@ def check(args, images):
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     check(args, images)
+    saved = common.load_checkpoint(args)
     path = common.kept_path(args, "generator")
     if path.exists():
         kept = common.load_kept(path, ("G", "E", "log"), trained_with(args, images))

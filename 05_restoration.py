@@ -12,7 +12,7 @@ See      restored.png: six kinds of damage and their repair; noise.png; own.png 
          mask: pepper 17.6, 14.1, 20.2; crosswalk 17.7, 12.6, 19.0; 1 to 3 holes 10.1 to 10.8, 8.5
          to 9.2, 12.3 to 13.0; square 10.4, 8.2, 11.8. The neighbours still repair 6 % of the
          peppered digits better, and 35 % of those with a square: it hides a whole piece of stroke,
-         and several would fit; in a pepper or a crosswalk each hidden pixel has seen ones beside it.
+         and several would fit; in a pepper or crosswalk each hidden pixel has seen ones beside it.
          Noise of standard deviation s, with λ + s² for λ: better than the 3x3 mean at every s;
          doing nothing is better up to 0.1.
 Time     3 min on 2 CPU cores, 1.6 min with the kept generator.
@@ -76,22 +76,6 @@ def restore(G, y, mask, z0, steps, lr, lam):
         objectives = objective().view(n, r)
     best = objectives.argmin(dim=1)
     return z.detach().view(n, r, d)[torch.arange(n), best], objectives
-
-
-def psnr(a, b, where):
-    """10 log10(2² / mean (a - b)²) in dB over the pixels where `where` is 1, of all pictures.
-
-    a, b: [N, C, H, W] in [-1, 1]; where: [N, 1, H, W]. One mean over all pictures, for a black
-    square on black ground is repaired without an error, and its own PSNR is infinite.
-    """
-    squares = (where * (a - b) ** 2).sum() / (where.sum() * a.shape[1])
-    return (10 * torch.log10(4 / squares)).item()
-
-
-def share_of_wins(a, b, x, where):
-    """Share of the pictures that a [N, C, H, W] comes nearer to x than b, where `where` is 1."""
-    errors = [(where * (c - x) ** 2).flatten(1).sum(dim=1) for c in (a, b)]
-    return (errors[0] < errors[1]).float().mean().item()
 
 
 # --- the damage --------------------------------------------------------------------------------
@@ -183,6 +167,24 @@ def discriminator(c, side):
                          nn.Linear(widths[-1] * small ** 2, 1), nn.Flatten(0))
 
 
+# --- measures ----------------------------------------------------------------------------------
+
+def psnr(a, b, where):
+    """10 log10(2² / mean (a - b)²) in dB over the pixels where `where` is 1, of all pictures.
+
+    a, b: [N, C, H, W] in [-1, 1]; where: [N, 1, H, W]. One mean over all pictures, for a black
+    square on black ground is repaired without an error, and its own PSNR is infinite.
+    """
+    squares = (where * (a - b) ** 2).sum() / (where.sum() * a.shape[1])
+    return (10 * torch.log10(4 / squares)).item()
+
+
+def share_of_wins(a, b, x, where):
+    """Share of the pictures that a [N, C, H, W] comes nearer to x than b, where `where` is 1."""
+    errors = [(where * (c - x) ** 2).flatten(1).sum(dim=1) for c in (a, b)]
+    return (errors[0] < errors[1]).float().mean().item()
+
+
 # --- train -------------------------------------------------------------------------------------
 
 def train(args, images, device, saved):
@@ -203,13 +205,13 @@ def train(args, images, device, saved):
     if saved:
         first, log = saved["step"], saved["log"]
         common.restore(saved, parts)
-    real_batches = common.batches(images, args.batch, args.seed, first)
+    batches = common.batches(images, args.batch, args.seed, first)
     show = common.progress("generator", args.steps, args.batch, first)
     every = max(1, args.steps // 40)
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, args.steps + 1):
-            x = next(real_batches)[0]
+            x = next(batches)[0]
 
             # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), G untouched
             x_fake = G(torch.randn(len(x), args.z_dim, device=device))
@@ -373,15 +375,13 @@ def own_picture(args, c, side):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def show(x, columns):
-    return lambda ax: common.draw_images(ax, common.to_uint8(x), columns)
-
-
 def mask_figure(args, name, x, results):
     """restored.png: a row for each kind of damage."""
-    x = x[:16]
-    common.save_panels(args.out / "restored.png", [(damage, [("before", show(x, 4)), *(
-        (f"{method}\n{run['psnr hidden'][method]:.1f} dB", show(pictures[:16], 4))
+    def panel(pictures):
+        return common.panel(common.to_uint8(pictures[:16]), 4)
+
+    common.save_panels(args.out / "restored.png", [(damage, [("before", panel(x)), *(
+        (f"{method}\n{run['psnr hidden'][method]:.1f} dB", panel(pictures))
         for method, pictures in run["pictures"].items())]) for damage, run in results.items()],
         f"Restoration on {name}, seed {args.seed}: PSNR on hidden pixels")
 
@@ -396,10 +396,20 @@ def noise_figure(args, name, results):
         ax.set(xlabel="standard deviation of the noise", ylim=(0, 40))
         ax.legend(fontsize=7)
 
-    common.save_panels(args.out / "noise.png", [("", [("PSNR in dB", draw), *(
-        (f"{method}, noise 0 to 1", show(torch.cat([run["pictures"][method][:8]
-                                                   for run in results.values()]), 8))
-        for method in methods)])], f"Restoration on {name}, seed {args.seed}")
+    cells = [("PSNR in dB", draw)]
+    for method in methods:
+        x = torch.cat([run["pictures"][method][:8] for run in results.values()])
+        cells.append((f"{method}, noise 0 to 1", common.panel(common.to_uint8(x))))
+    common.save_panels(args.out / "noise.png", [("", cells)],
+                       f"Restoration on {name}, seed {args.seed}")
+
+
+def own_figure(args, G, pool, x, mask):
+    """own.png: the reader's picture, what is hidden, and what each method makes of it."""
+    pictures = repair_by_all(args, G, pool, torch.where(mask == 1, x, -1.0), mask, "your picture")
+    pictures = {"as G sees it": pictures.pop("nothing"), "hidden": 1 - 2 * mask} | pictures
+    common.save_panels(args.out / "own.png", [("", [
+        (name, common.panel(common.to_uint8(picture))) for name, picture in pictures.items()])])
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -419,44 +429,53 @@ def parse_args(argv=None):
     g.add_argument("--restore-lr", type=common.positive_float, default=0.2, help="Adam's, for z")
     g.add_argument("--lam", type=common.not_negative, default=0.3,
                    help="λ: variance of one pixel's error, in [-1, 1] units")
-    args = p.parse_args(argv)
-    args.n_test, args.n_noise, args.n_pool, args.n_samples = N_TEST, N_NOISE, N_POOL, N_SAMPLES
-    if args.quick:
-        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-        args.restore_steps = max(1, args.restore_steps // 10)
-        args.n_test, args.n_noise, args.n_pool, args.n_samples = 16, 8, 100, 1000
-    return args
+    p.set_defaults(n_test=N_TEST, n_noise=N_NOISE, n_pool=N_POOL, n_samples=N_SAMPLES)
+    return common.parse(p, argv, quick=dict(
+        data="digits", steps=10, restore_steps=10, n_test=16, n_noise=8, n_pool=100,
+        n_samples=1000))
 
 
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
-    side = images.x.shape[2]
-    widths, small = channels(side)
-    fits = max(4, small * 2 ** len(widths))
-    if side != fits:
-        common.fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
-    if min(args.batch, len(images.x)) < 2:
-        common.fail("batch norm needs more than one picture: use --batch 2 or more")
+    widths, small = channels(images.x.shape[2])
+    common.check_side(images, small * 2 ** len(widths))
     if args.starts > args.n_pool:
         common.fail(f"--starts {args.starts}: there are {args.n_pool} to choose from")
+
+
+def print_tables(results, noise):
+    """PSNR by damage, hidden pixels alone and all; by strength of the noise."""
+    names = list(next(iter(results.values()))["pictures"])
+    common.print_table(["psnr hidden", "hidden", *names, "lost"], [
+        [damage, f"{run['hidden']:.3f}", *(f"{run['psnr hidden'][name]:.1f}" for name in names),
+         f"{run['lost']:.2f}"] for damage, run in results.items()])
+    common.print_table(["psnr all", *names], [
+        [damage, *(f"{run['psnr all'][name]:.1f}" for name in names)]
+        for damage, run in results.items()])
+    if noise:
+        names = list(noise[0.0]["psnr"])
+        common.print_table(["psnr, noise of", *names], [
+            [f"{std:.1f}", *(f"{run['psnr'][name]:.1f}" for name in names)]
+            for std, run in noise.items()])
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     check(args, images)
+    saved = common.load_checkpoint(args)
     c, side = images.x.shape[1:3]
     own = args.image and [a.to(device) for a in own_picture(args, c, side)]
     masks = MASKS
     if args.mask and not args.image:
         mask = read_mask(args.mask, side, side)
         masks = {"mask": lambda n, side, rng: mask[None].expand(n, 1, side, side)}
-    path, expected = args.generator or common.kept_path(args, "generator"), trained_with(args, images)
-    if args.generator:  # it may have been trained in any way, and on any data
-        expected = {name: expected[name] for name in ("shape", "z_dim")}
+    path = args.generator or common.kept_path(args, "generator")
     if args.generator or path.exists():
+        expected = trained_with(args, images)
+        if args.generator:  # it may have been trained in any way, and on any data
+            expected = {name: expected[name] for name in ("shape", "z_dim")}
         kept = common.load_kept(path, ("G", "log"), expected)
     else:
         kept = train(args, images, device, saved)
@@ -472,32 +491,15 @@ def main(argv=None):
     common.write_log(args.out / "log.csv", kept["log"])
     pool = z[:args.n_pool], samples[:args.n_pool]
     if own:
-        x, mask = own
-        y = torch.where(mask == 1, x, -1.0)
-        restored = repair_by_all(args, G, pool, y, mask, "your picture")
-        restored = {"as G sees it": restored.pop("nothing"), "hidden": 1 - 2 * mask} | restored
-        common.save_panels(args.out / "own.png", [("", [
-            (name, show(picture, 1)) for name, picture in restored.items()])])
-        return
+        return own_figure(args, G, pool, *own)
 
-    test = common.load_images(args, device, train=False)
-    x = common.to_float(test.x[:args.n_test])
+    x = common.to_float(common.load_images(args, device, train=False).x[:args.n_test])
     results = mask_study(args, G, pool, x, masks)
     mask_figure(args, images.name, x, results)
-    names = list(next(iter(results.values()))["pictures"])
-    common.print_table(["psnr hidden", "hidden", *names, "lost"], [
-        [damage, f"{run['hidden']:.3f}", *(f"{run['psnr hidden'][name]:.1f}" for name in names),
-         f"{run['lost']:.2f}"] for damage, run in results.items()])
-    common.print_table(["psnr all", *names], [
-        [damage, *(f"{run['psnr all'][name]:.1f}" for name in names)]
-        for damage, run in results.items()])
-    if not args.mask:
-        noise = noise_study(args, G, pool, x[:args.n_noise])
+    noise = None if args.mask else noise_study(args, G, pool, x[:args.n_noise])
+    if noise:
         noise_figure(args, images.name, noise)
-        names = list(noise[0.0]["psnr"])
-        common.print_table(["psnr, noise of", *names], [
-            [f"{std:.1f}", *(f"{run['psnr'][name]:.1f}" for name in names)]
-            for std, run in noise.items()])
+    print_tables(results, noise)
 
 
 if __name__ == "__main__":

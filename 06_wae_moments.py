@@ -2,7 +2,7 @@ r"""06 - WAE by moments: an autoencoder whose codes are made to look like N(0, I
 
 Papers   Tolstikhin et al. 2018, arXiv:1711.01558 (Wasserstein autoencoder, MMD with the inverse
          multiquadratic kernel); the penalty by moments is the course's.
-Idea     min E ‖x - G(E(x))‖² + λ penalty({z = E(x)}): codes of a batch against N(0, I)   -> train()
+Idea     min mean (x - decode(z))² + λ penalty(z), z = encode(x): codes of a batch against N(0, I)
          mean, variance, kurtosis of each coordinate against 0, 1, 3                -> moment_loss()
          E k(z, z') + E k(u, u') - 2 E k(z, u), u ~ N(0, I): 0 only for equal laws      -> mmd_imq()
          λ = 0.001 * 2^epoch up to 2.048                                            -> weight()
@@ -48,7 +48,8 @@ def moments(z):
     """Mean, variance and kurtosis of each coordinate of z [B, d]: three tensors [d].
 
     Population moments, without B - 1: var = E (z - mean)², kurtosis = E (z - mean)⁴ / var², which
-    is 3 for a normal law (not the excess over it). Raises ValueError for fewer than 2 codes.
+    is 3 for a normal law (not the excess over it), and nan for a coordinate that is constant.
+    Raises ValueError for fewer than 2 codes.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"moments need codes [B, d] with B of 2 or more, not {tuple(z.shape)}")
@@ -101,7 +102,7 @@ PENALTIES = {"ae": None, "moments": moment_loss,
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels from the largest map to the smallest: halvings of `side` down to 4 to 7 pixels."""
+    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
     halvings = max(1, int(math.log2(side / 4)))
     return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -129,9 +130,9 @@ class Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def apply(net, x):
-    """net(x), a thousand at a time."""
-    return torch.cat([net(part) for part in x.split(1000)])
+def generate(net, z):
+    """net(z), a thousand at a time."""
+    return torch.cat([net(part) for part in z.split(1000)])
 
 
 # --- measures ----------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def train(args, name, images, test, device, saved, done):
                             "penalty": distance.item(), "weighted": lam * distance.item()})
             if step in shot_steps:
                 net.eval()
-                shots[step] = apply(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
+                shots[step] = generate(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
                 net.train()
             if milestone or pressed():
                 common.save_checkpoint(args, parts, model=name, step=step, log=log, shots=shots,
@@ -230,14 +231,15 @@ def train(args, name, images, test, device, saved, done):
                 common.stop(step)
 
     net.eval()
-    z = apply(lambda x: net.encode(common.to_float(x)), images.x)
-    samples = apply(net.decode, u_fixed)
-    fitted = apply(net.decode, z.mean(dim=0) + z.std(dim=0) * u_fixed[:1000])
+    z = generate(lambda x: net.encode(common.to_float(x)), images.x)
+    samples = generate(net.decode, u_fixed)
+    fitted = generate(net.decode, z.mean(dim=0) + z.std(dim=0) * u_fixed[:1000])
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
     x = common.to_float(test.x)
-    z_test = apply(net.encode, x)
+    z_test = generate(net.encode, x)
     return {"log": log, "shots": shots, "pictures": pictures(net, x, z, samples, fitted),
-            "codes": z[:args.n_codes].cpu(), "mse": F.mse_loss(apply(net.decode, z_test), x).item(),
+            "codes": z[:args.n_codes].cpu(),
+            "mse": F.mse_loss(generate(net.decode, z_test), x).item(),
             "distance": nearest_distance(samples[:1000], images),
             "fitted distance": nearest_distance(fitted, images),
             "train": code_report(z, args.n_codes), "test": code_report(z_test, args.n_codes)}
@@ -249,16 +251,18 @@ def pictures(net, x, z, samples, fitted):
     between: decoded (1 - alpha) z_a + alpha z_b for alpha = 0, 1/8, ..., 1 in a row; four rows for
     a picture and the one most like it, four for a picture and the next in the data.
     """
-    x = x[torch.arange(500) % len(x)]  # a small folder has fewer
-    apart = torch.cdist(x[:4].flatten(1), x.flatten(1))
-    like = (apart + 1e9 * torch.eye(4, 500, device=x.device)).argmin(dim=1)
-    pairs = [(i, like[i].item()) for i in range(4)] + [(i, i + 1) for i in range(0, 8, 2)]
-    a, b = (apply(net.encode, x[list(side)]) for side in zip(*pairs))
+    near = x[:500].flatten(1)
+    apart = torch.cdist(near, near).fill_diagonal_(math.inf)  # a picture is not like itself
+    x = x[torch.arange(max(32, len(near))) % len(x)]  # a small folder has fewer than are shown
+    pairs = [(i, apart[i % len(near)].argmin().item()) for i in range(4)] + \
+        [(i, i + 1) for i in range(0, 8, 2)]
+    a, b = (generate(net.encode, x[list(side)]) for side in zip(*pairs))
     alpha = torch.linspace(0, 1, 9, device=x.device).view(9, 1, 1)
     between = ((1 - alpha) * a + alpha * b).transpose(0, 1).flatten(0, 1)
-    kept = {"test": x[:32], "rec": apply(net.decode, apply(net.encode, x[:32])),
-            "samples": samples[:64], "fitted": fitted[:64], "between": apply(net.decode, between),
-            "shuffled": apply(net.decode, shuffled(z)[:64])}
+    kept = {"test": x[:32], "rec": generate(net.decode, generate(net.encode, x[:32])),
+            "samples": samples[:64], "fitted": fitted[:64],
+            "between": generate(net.decode, between),
+            "shuffled": generate(net.decode, shuffled(z)[:64])}
     return {name: common.to_uint8(x).cpu() for name, x in kept.items()}
 
 
@@ -266,29 +270,26 @@ def pictures(net, x, z, samples, fitted):
 
 def figures(args, images, done):
     """pictures.png, cdf.png, curves.png, limits.png and log.csv."""
-    def show(x, columns):
-        return lambda ax: common.draw_images(ax, x, columns)
-
     def panels(name, run):
         kept = run["pictures"]
         pairs = torch.stack([kept["test"], kept["rec"]], dim=1).flatten(0, 1)
         return name, [(f"test pictures, each left of its\nreconstruction (mse {run['mse']:.3g})",
-                       show(pairs, 8)),
+                       common.panel(pairs)),
                       (f"samples: decoded N(0, I)\n(distance {run['distance']:.3g})",
-                       show(kept["samples"], 8)),
+                       common.panel(kept["samples"])),
                       (f"samples: the codes' own mean\nand variance "
-                       f"({run['fitted distance']:.3g})", show(kept["fitted"], 8)),
+                       f"({run['fitted distance']:.3g})", common.panel(kept["fitted"])),
                       ("training codes decoded, each\ncoordinate shuffled",
-                       show(kept["shuffled"], 8)),
+                       common.panel(kept["shuffled"])),
                       ("between two pictures: like\n(top four rows) and unlike ones",
-                       show(kept["between"], 9))]
+                       common.panel(kept["between"], 9))]
 
     title = f"Autoencoders on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     common.save_panels(args.out / "pictures.png", [panels(*item) for item in done.items()], title)
     common.save_panels(args.out / "cdf.png", [
         (name, [(f"step {step:,}", lambda ax, z=z: draw_cdf(ax, z))
                 for step, z in run["shots"].items()]) for name, run in done.items()],
-        "CDF of each coordinate of the test codes (blue) and of N(0, 1) (black)")
+        f"{title}: CDF of each coordinate of the test codes (blue), of N(0, 1) (black)")
     common.save_panels(args.out / "curves.png", [("", [
         (name, lambda ax, run=run: draw_losses(ax, run["log"])) for name, run in done.items()])],
         title)
@@ -334,11 +335,12 @@ def limits(args, done):
         i, j = divmod(related.argmax().item(), args.z_dim)
         return lambda ax: ax.scatter(*z[:, [i, j]].T.numpy(), s=1)
 
+    title = f"What moments do not see, seed {args.seed}"
     common.save_panels(args.out / "limits.png", [("", [
         ("one coordinate of the\nlaw on three points", lambda ax: ax.hist(
             laws["three points, one coordinate"][:, 0].numpy(), bins=41, range=(-3, 3))),
         *((f"codes of {name}: the two\nmost dependent coordinates", scatter(f"codes of {name}"))
-          for name in done if PENALTIES[name])])])
+          for name in done if PENALTIES[name])])], title)
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -353,19 +355,16 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=common.positive_int, default=1000, help="of each model")
     g.add_argument("--batch", type=common.positive_int, default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.positive_float, default=4e-3, help="Adam's rate, falls to 0")
-    args = p.parse_args(argv)
-    if args.quick:
-        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-    args.n_samples, args.n_codes = (1000, 500) if args.quick else (N_SAMPLES, N_CODES)
+    p.set_defaults(n_samples=N_SAMPLES, n_codes=N_CODES)
+    args = common.parse(p, argv, quick=dict(data="digits", steps=10, n_samples=1000, n_codes=500))
     args.models = list(dict.fromkeys(args.models))
     return args
 
 
 def check(args, images, test):
     """Ends the run if the flags do not fit the data."""
-    side = images.x.shape[2]
-    if side % 4:
-        common.fail(f"the pictures are {side}x{side}: use a --size that is divisible by 4")
+    widths, small = channels(images.x.shape[2])
+    common.check_side(images, small * 2 ** len(widths))
     if min(args.batch, len(images.x)) < 2:
         common.fail("moments are those of a batch: use --batch 2 or more")
     if args.z_dim < 2:
@@ -378,10 +377,10 @@ def check(args, images, test):
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     check(args, images, test)
+    saved = common.load_checkpoint(args)
     done = saved["done"] if saved else {}
     for name in args.models:
         if name not in done:

@@ -3,27 +3,24 @@ r"""07 - Spectral norm, Wasserstein loss, gradient penalty; and how generators a
 Papers   Arjovsky 2017, arXiv:1701.07875 (Wasserstein loss, clipping); Gulrajani 2017,
          arXiv:1704.00028 (gradient penalty); Miyato 2018, arXiv:1802.05957 (spectral norm);
          Salimans 2016, arXiv:1606.03498 (inception score); Heusel 2017, arXiv:1706.08500 (FID).
-Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f. Three ways to hold the slope of D:
-         clip its weights, divide each layer by its largest singular value     -> spectral_norm()
+Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f: D is that f            -> wgan_d()
+         Three ways to hold the slope: clip D's weights                                 -> clip()
+         divide each layer by its largest singular value                       -> spectral_norm()
          or charge E (‖∇D(x̂)‖ - 1)² between data and fakes                  -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)): sure of each, of all kinds               -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½) of features                 -> frechet_distance()
 See      samples.png; scores.png: both scores and D's slope while training; truncation.png; log.csv,
          samples_{model}.pt; scored.png with --score. Printed: FID and IS of a classifier of
          the digits, KL of its classes to uniform, distance to the data, slope of D.
-         On MNIST, 600 steps of D and of G: vanilla FID 70, sn 75, wgan-gp 81, wgan-sn 104, wgan 112;
-         real pictures 1.9 (IS 9.7), noise 543. One seed does not tell the first three apart: where
-         nothing breaks, nothing is to be stabilised. What the three do is in the slope of D: 0.8 for
-         vanilla, and growing; 1.0 by the penalty; 0.4 and 0.2 by sn, which bounds the product of the
-         layers' norms, a bound that no picture reaches; 0.002 by clipping. With --full it matters: at
-         20 steps of D to one of G vanilla collapses (FID 319, KL 0.75), sn has 162, wgan-gp 129.
-         Truncated z do not help this G: FID only grows (2: 76, 1: 120, 0.5: 271).
-Time     4.3 min on 2 CPU cores; --full 68 min on one core; the classifier 15 s, once;
-         --quick 13 to 23 s.
-Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0; Arjovsky: RMSprop 5e-5,
-         Gulrajani: Adam 1e-4, both five steps of D to one of G, here one. "digit" scores come from
-         64 features of a small classifier, those of colour from torchvision's Inception: neither
-         compares with published ones.
+         On MNIST, FID and slope: vanilla 70, 0.8; sn 75, 0.2; wgan-gp 81, 1.0; wgan-sn 104, 0.4;
+         wgan 112, 0.002; real pictures 1.9, noise 543. One seed does not tell the first three
+         apart: where nothing breaks, nothing is to be stabilised. With 20 steps of D to one of G
+         (--full) it matters: vanilla collapses (319), sn has 162, wgan-gp 129. Truncated z do not
+         help this G: FID only grows (within 2: 76, 1: 120, 0.5: 271).
+Time     4.3 min on 2 CPU cores; --full 68 min on one core; --quick 13 to 23 s.
+Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0, one step of D to one of
+         G; Arjovsky: RMSprop 5e-5, Gulrajani: Adam 1e-4, both five. No dropout in D, as 02 has.
+         "digit" scores come from 64 features of a small classifier: no published ones compare.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
@@ -51,6 +48,39 @@ LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, math.inf)  # of the truncated z
 
 
 # --- the idea ----------------------------------------------------------------------------------
+# D's and G's loss, both to be minimised, means over the batch. real, fake [B]: D's logits, or
+# scores, of data and of G's pictures.
+
+def bce_d(real, fake):
+    """-E log σ(real) - E log(1 - σ(fake)), nats (Goodfellow et al. 2014, eq. 1)."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def nonsaturating_g(fake):
+    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats."""
+    return F.softplus(-fake).mean()
+
+
+def wgan_d(real, fake):
+    """E fake - E real: minus the estimate of W1, times D's Lipschitz constant (Arjovsky 2017)."""
+    return fake.mean() - real.mean()
+
+
+def wgan_g(fake):
+    """-E fake (Arjovsky et al. 2017, alg. 1)."""
+    return -fake.mean()
+
+
+def clip(net, limit):
+    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1).
+
+    Holds the slope below Π limit √(weights of a layer), times 2 for each convolution with strides:
+    0.92 for 28x28 grey pixels and 0.01. What training reaches is a small part of it.
+    """
+    with torch.no_grad():
+        for p in net.parameters():
+            p.clamp_(-limit, limit)
+
 
 def spectral_norm(weight, u, n_iter=1):
     """(σ, u): σ close to the largest singular value of weight [out, ...] seen as [out, rest].
@@ -154,7 +184,7 @@ def frechet_distance(features_a, features_b):
 def truncated_normal(n, d, limit, generator=None):
     """n draws of N(0, I) in d dimensions, every coordinate drawn again until it is within ±limit.
 
-    The truncation trick (Brock et al. 2019, arXiv:1809.11096): fewer kinds, each nearer the typical.
+    The truncation trick (Brock et al. 2019, arXiv:1809.11096): fewer kinds, nearer the typical.
     Raises ValueError for a limit that is not above 0.
     """
     if not limit > 0:
@@ -168,20 +198,21 @@ def truncated_normal(n, d, limit, generator=None):
 # --- the table of models -----------------------------------------------------------------------
 
 class Model(NamedTuple):
-    """The loss, what holds D's slope, and the rates of D and G."""
-    wasserstein: bool = False    # else: cross-entropy, nonsaturating
+    """Both losses, what holds D's slope, and both rates."""
+    d: Callable                  # (real, fake) -> loss of D
+    g: Callable                  # fake -> loss of G
+    lr: tuple = (4e-3, 4e-3)     # of D, of G
     clip: bool = False
     sn: bool = False
     penalty: bool = False
-    lr: tuple = (4e-3, 4e-3)
 
 
 MODELS = {
-    "vanilla": Model(),
-    "sn": Model(sn=True),
-    "wgan": Model(wasserstein=True, clip=True, lr=(1e-3, 4e-3)),  # a step of 4e-3 fills the box
-    "wgan-sn": Model(wasserstein=True, sn=True),
-    "wgan-gp": Model(wasserstein=True, penalty=True),
+    "vanilla": Model(bce_d, nonsaturating_g),
+    "sn": Model(bce_d, nonsaturating_g, sn=True),
+    "wgan": Model(wgan_d, wgan_g, lr=(1e-3, 4e-3), clip=True),  # a step of 4e-3 fills the box
+    "wgan-sn": Model(wgan_d, wgan_g, sn=True),
+    "wgan-gp": Model(wgan_d, wgan_g, penalty=True),
 }
 
 
@@ -292,6 +323,7 @@ def classifier(args, name, images, test, device):
     path = common.kept_path(args, f"{name}_classifier")
     expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
                 "steps": str(args.classifier_steps), "seed": str(args.seed)}
+    torch.manual_seed(args.seed)
     net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(device)
     if path.exists():
         kept = common.load_kept(path, ("net",), expected)
@@ -305,13 +337,12 @@ def classifier(args, name, images, test, device):
 
 
 def train_classifier(args, net, images):
-    torch.manual_seed(args.seed)
     opt = torch.optim.Adam(net.parameters(), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
     show = common.progress("classifier", args.classifier_steps, 128)
-    real_batches = common.batches(images, 128, args.seed)
+    batches = common.batches(images, 128, args.seed)
     for step in range(1, args.classifier_steps + 1):
-        x, y = next(real_batches)
+        x, y = next(batches)
         loss = F.cross_entropy(net(x)[1], y)
         opt.zero_grad()
         loss.backward()
@@ -376,20 +407,18 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
     if saved:
         first, log = saved["step"], saved["log"]
         common.restore(saved, parts)
-    real_batches = common.batches(images, args.batch, args.seed, first * n_critic)
+    batches = common.batches(images, args.batch, args.seed, first * n_critic)
     show = common.progress(label, steps, args.batch * (1 + n_critic), first)
     every = max(1, steps // 10)
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, steps + 1):
-            # D's half, n_critic times: cross-entropy, or E D(G(z)) - E D(x) with the slope held
+            # D's half, n_critic times: descend its loss, with the slope held; G untouched
             for _ in range(n_critic):
-                x = next(real_batches)[0]
+                x = next(batches)[0]
                 x_fake = G(torch.randn(len(x), Z, device=device))
                 real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
-                loss_d = fake.mean() - real.mean() if model.wasserstein else \
-                    F.softplus(-real).mean() + F.softplus(fake).mean()
-                total_d = loss_d
+                loss_d = total_d = model.d(real, fake)
                 if model.penalty:
                     total_d = total_d + LAMBDA * gradient_penalty(D, x, x_fake.detach())
                 opt_d.zero_grad()
@@ -398,9 +427,8 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
                 if model.clip:
                     clip(D, CLIP)
 
-            # G's half: -E log σ(D(G(z))), or -E D(G(z)); D's weights untouched
-            fake = D(x_fake)
-            loss_g = -fake.mean() if model.wasserstein else F.softplus(-fake).mean()
+            # G's half: descend its loss through D, D untouched
+            loss_g = model.g(D(x_fake))
             opt_g.zero_grad()
             loss_g.backward(inputs=tuple(G.parameters()))
             opt_g.step()
@@ -434,17 +462,6 @@ def run_name(name, n_critic):
     return name if n_critic == 1 else f"{name}-x{n_critic}"
 
 
-def clip(net, limit):
-    """Every parameter into [-limit, limit].
-
-    Holds the slope below Π limit √(weights of a layer), times 2 for each convolution with strides:
-    0.92 for 28x28 grey pixels and 0.01. What training reaches is a small part of it.
-    """
-    with torch.no_grad():
-        for p in net.parameters():
-            p.clamp_(-limit, limit)
-
-
 @torch.no_grad()
 def generate(G, z):
     """G(z) with the batch norm of evaluation, a thousand at a time, as uint8."""
@@ -459,7 +476,7 @@ def generate(G, z):
 def panel(title, x, numbers=()):
     """A panel for save_panels: 64 of the pictures, titled with the scores if there are any."""
     found = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
-    return f"{title}\n{found}", lambda ax: common.draw_images(ax, x[:64])
+    return f"{title}\n{found}", common.panel(x[:64])
 
 
 def figures(args, images, runs, done):
@@ -475,7 +492,8 @@ def figures(args, images, runs, done):
                if column in next(iter(done.values()))["log"][0]]
     common.save_panels(args.out / "scores.png", [("", [
         (f"{column}, n_critic {n}", lambda ax, row=row, column=column: draw_trends(ax, row, column))
-        for column in columns]) for n, row in rows.items()], f"{title}\nthick: trend")
+        for column in columns]) for n, row in rows.items()],
+        f"{title}\n{args.n_score:,} samples; thick: trend")
     common.write_log(args.out / "log.csv", [row for run in done.values() for row in run["log"]])
 
 
@@ -515,18 +533,19 @@ def truncation(args, images, ruler, label, kept, device):
     cells = [(f"{ruler.name} {key} against\nthe limit of |z|", curve(key)) for key in ("FID", "IS")]
     cells += [panel(name, x[limit], numbers[limit]) for name, limit in zip(names, LIMITS)]
     common.save_panels(args.out / "truncation.png", [("", cells[:4]), ("", cells[4:])],
-                       f"truncated z, {label} on {images.name}")
-    common.print_table(["truncated at", *numbers[math.inf]], [
+                       f"truncated z, {label} on {images.name}, {args.n_samples // 2:,} samples")
+    common.print_table([f"truncated at ({args.n_samples // 2:,} samples)", *numbers[math.inf]], [
         [name, *(f"{value:.3g}" for value in numbers[limit].values())]
         for name, limit in zip(names, LIMITS)])
 
 
 # --- tables ------------------------------------------------------------------------------------
 
-def calibration(ruler, images):
+def calibration(args, ruler, images):
     """Scores of what needs no judge: real pictures that the ruler does not compare with, noise."""
     real = ruler.real
-    noise = torch.randint(256, real.shape, dtype=torch.uint8).to(real.device)
+    rng = torch.Generator().manual_seed(args.seed)
+    noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=rng).to(real.device)
     results = {label: report(ruler, x, images)
                for label, x in (("real training pictures", real), ("noise", noise))}
     if len(images.x) < 2 * N_SAMPLES:
@@ -551,7 +570,7 @@ def print_scores(ruler, results, columns):
 
 
 def read_files(args, images):
-    """What --score names, by path: uint8 [N, C, H, W]. Files of other shapes are left out, aloud."""
+    """What --score names, by path: uint8 [N, C, H, W]. Other shapes are left out, aloud."""
     shape, found = list(images.x.shape[1:]), {}
     for path in args.score:
         try:
@@ -582,8 +601,10 @@ def score_files(args, images, ruler, files):
         panel("\n".join(Path(label).with_suffix("").parts[-2:]), files[label], numbers)
         for label, numbers in results.items()]
     common.save_panels(args.out / "scored.png", [
-        ("", cells[i:i + 6]) for i in range(0, len(cells), 6)], f"{ruler.name} scores, {images.name}")
-    print_scores(ruler, results | calibration(ruler, images), ["n", "FID", "IS", "KL", "distance"])
+        ("", cells[i:i + 6]) for i in range(0, len(cells), 6)],
+        f"{ruler.name} scores, {images.name}")
+    print_scores(ruler, results | calibration(args, ruler, images),
+                 ["n", "FID", "IS", "KL", "distance"])
     if len({run["n"] for run in results.values()}) > 1:
         print("n differs: FID falls as n grows, so compare rows of equal n")
 
@@ -606,33 +627,27 @@ def parse_args(argv=None):
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
                    help="no training: score samples.pt of any chapter, or your own uint8 tensor")
-    args = p.parse_args(argv)
+    p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=2000)
+    args = common.parse(p, argv, quick=dict(data="digits", steps=12, classifier_steps=20,
+                                            n_samples=1000, n_score=200))
     args.n_critic = args.n_critic or ([1, 2, 5, 20] if args.full else [1])
-    if args.full:
-        args.steps *= 2
-    args.classifier_steps = 20 if args.quick else 1000
-    if args.quick:
-        args.steps, args.data = max(1, args.steps // 100), args.data or "digits"
-    args.n_samples, args.n_score = (1000, 200) if args.quick else (N_SAMPLES, 2000)
+    args.steps *= 2 if args.full else 1
     return args
 
 
 def check(images):
     """Ends the run if the pictures do not fit the networks."""
-    side = images.x.shape[2]
-    widths, small = channels(side)
-    fits = max(4, small * 2 ** len(widths))
-    if side != fits:
-        common.fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
+    widths, small = channels(images.x.shape[2])
+    common.check_side(images, small * 2 ** len(widths))
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = common.start(args)
-    saved = common.load_checkpoint(args)
     images = common.load_images(args, device)
     test = common.load_images(args, device, train=False)
     check(images)
+    saved = common.load_checkpoint(args)
     files = read_files(args, images) if args.score else None
     ruler, why = make_ruler(args, images, test, device)
     if files and not ruler:
@@ -648,7 +663,7 @@ def main(argv=None):
             resumed = saved if saved and saved["model"] == label else None
             done[label] = train(args, name, n, images, device, ruler, resumed, dict(done))
     figures(args, images, runs, done)
-    results = done | (calibration(ruler, images) if ruler else {})
+    results = done | (calibration(args, ruler, images) if ruler else {})
     print_scores(ruler, results, ["FID", "IS", "KL", "distance", "slope"])
     if ruler and ruler.name != "Inception":
         best = min(done, key=lambda label: done[label]["FID"])

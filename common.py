@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -29,14 +30,21 @@ from torchvision.utils import make_grid
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 N_QUICK = 2000  # pictures of each part that --quick takes
+WIPE = "\r\033[K"  # on a terminal: back to the start of the line, and empty it
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "device", "resume"}
 
 
 # --- flags, errors, device ---------------------------------------------------------------------
 
+def say(text, file=None):
+    """print(text), in the place of a progress line that stands on the terminal unfinished."""
+    file = file or sys.stdout
+    print(f"{WIPE * file.isatty()}{text}", file=file)
+
+
 def fail(message, status=2):
     """Ends the run with one line on stderr; status 2 means that the input was wrong."""
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", sys.stderr)
     raise SystemExit(status)
 
 
@@ -58,6 +66,13 @@ def whole_number(text):
     """argparse type: a whole number >= 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def seed(text):
+    """argparse type: a whole number from 0 to 2^31 - 1."""
+    if not text.isdecimal() or int(text) >= 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2147483647")
     return int(text)
 
 
@@ -106,7 +121,7 @@ def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (dra
     g.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept")
     g.add_argument("--size", type=positive_int, default=64, help="pixels a side, for folders")
     g.add_argument("--out", type=Path, default=Path("out") / script, help="where results go")
-    g.add_argument("--seed", type=int, default=0, help="same seed, same CPU: same numbers")
+    g.add_argument("--seed", type=seed, default=0, help="same seed, same CPU: same numbers")
     g.add_argument("--device", help="cpu, cuda, mps; if not given: the GPU if there is one")
     g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     g.add_argument("--quick", action="store_true", help="seconds instead of minutes, same code")
@@ -114,11 +129,19 @@ def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (dra
     return p
 
 
+def parse(p, argv, quick):
+    """p.parse_args(argv); with --quick the defaults are those of `quick`, what is given stands."""
+    args = p.parse_args(argv)
+    if args.quick:
+        p.set_defaults(**quick)
+        args = p.parse_args(argv)
+    return args
+
+
 def short_end(kind, error, trace):
     """sys.excepthook: one line for Ctrl-C between two trainings, where nothing is to be saved."""
     if issubclass(kind, KeyboardInterrupt):
-        print("\nstopped; files are whole, and --resume goes on after the last checkpoint",
-              file=sys.stderr)
+        say("stopped; files are whole, and --resume goes on after the last checkpoint", sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -138,7 +161,7 @@ def start(args):
         pass
     except OSError:
         fail(f"another run is writing to {args.out}: wait for it, or choose another --out")
-    for left in args.out.glob("*.tmp"):  # by a run that was killed while it wrote
+    for left in args.out.glob("*.[0-9]*.tmp"):  # by a run that was killed while it wrote
         left.unlink()
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
@@ -164,6 +187,7 @@ def load_images(args, device, train=True):
     """The data set that args.data names, as Images on `device`; says which source it took.
 
     train: the training or the test part. Of a folder, every tenth picture is the test part.
+    Sets args.data to what it took, so that a checkpoint knows.
     """
     name = args.data or "mnist"
     if name == "digits":
@@ -172,7 +196,8 @@ def load_images(args, device, train=True):
         images = load_torchvision(name, args.data_dir, train)
         if images is None and args.data is None:
             print(f"MNIST is not in {args.data_dir} and cannot be downloaded: using drawn digits")
-            images = load_digits(args, train)._replace(name="drawn digits (no MNIST here)")
+            name, images = "digits", load_digits(args, train)
+            images = images._replace(name="drawn digits (no MNIST here)")
         elif images is None:
             where = {"mnist": "MNIST/raw: the four idx-ubyte files",
                      "fashion": "FashionMNIST/raw: the four idx-ubyte files",
@@ -184,6 +209,7 @@ def load_images(args, device, train=True):
     else:
         fail(f"--data {name}: neither a known data set (mnist, fashion, cifar10, digits) "
              "nor a folder")
+    args.data = name
     if args.quick:
         images = images._replace(x=images.x[:N_QUICK], y=None if images.y is None
                                  else images.y[:N_QUICK])
@@ -225,7 +251,7 @@ def load_folder(folder, size, out, train):
     if not train and len(files) < 10:
         fail(f"{folder} holds {len(files)} pictures, and every tenth is kept for tests: give a "
              "folder with at least 10")
-    stamp = [str(folder.resolve()), size, len(files), max(p.stat().st_mtime for p in files)]
+    stamp = [size, *((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
     kept = out / "pictures.pt"
     x = None
     with contextlib.suppress(Exception):  # a missing or broken file is made anew
@@ -251,6 +277,13 @@ def read_picture(path, size):
         fail(f"{path} is {picture.width}x{picture.height}, smaller than --size {size}: "
              f"use --size {side}, or {skip}")
     return TF.pil_to_tensor(TF.resize(TF.center_crop(picture, side), [size, size]))
+
+
+def check_side(images, drawn):
+    """Ends the run if the networks draw pictures of another side than those of the data."""
+    side, fits = images.x.shape[2], max(4, drawn)
+    if side != fits:
+        fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
 
 
 def ring(m=8, radius=2.0):
@@ -415,11 +448,14 @@ def load_digits(args, train):
 
 # --- pictures ----------------------------------------------------------------------------------
 
-def draw_images(ax, x, columns=8):
-    """Pictures uint8 [N, C, H, W] as a grid with `columns` columns."""
-    picture = make_grid(x.cpu(), nrow=columns, padding=1, pad_value=128)
-    ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.axis("off")
+def panel(x, columns=8):
+    """Pictures uint8 [N, C, H, W] as a grid with `columns` columns: draw(ax) for save_panels."""
+    def draw(ax):
+        picture = make_grid(x.cpu(), nrow=columns, padding=1, pad_value=128)
+        ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.axis("off")
+
+    return draw
 
 
 def draw_points(ax, points, centres, reach, levels=None):
@@ -481,7 +517,7 @@ def save_figure(fig, path):
 def print_table(header, rows):
     """A table of text, one row per line: numbers to the right, words to the left."""
     def is_number(cell):
-        return cell.replace(",", "").lstrip("-").replace(".", "", 1)[:1].isdigit() or cell == "-"
+        return cell.lstrip("-")[:1].isdigit() or cell in ("-", "inf")
 
     rows = [["-" if cell == "nan" else str(cell) for cell in row] for row in rows]
     lines = [""] * (len(rows) + 1)
@@ -511,8 +547,9 @@ def progress(label, total, per_step, first=0):
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         line = (f"{label}  step {step:,}/{total:,}  {text}  {rate * per_step:,.0f}/s  "
                 f"{(total - step) / max(rate, 1e-9):.0f} s left")
-        print(f"\r{line:<110}" if terminal else line, end="\n" if step == total or not terminal
-              else "", flush=True)
+        if terminal:
+            line = WIPE + line[:shutil.get_terminal_size().columns - 1]
+        print(line, end="\n" if step == total or not terminal else "", flush=True)
 
     return show
 
@@ -639,6 +676,8 @@ def load_kept(path, needed, expected):
 
     expected: settings as text, by name; ends the run if one was another, or the file is no such.
     """
+    if not path.exists():
+        fail(f"there is no {relative(path)}")
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         theirs = kept["settings"]

@@ -140,7 +140,7 @@ def gan_steps():
 
 
 def critic_steps():
-    """Milliseconds of one step of D for each model of chapter 07, and as a multiple of the first."""
+    """Milliseconds of a step of D for each model of chapter 07, and as a multiple of the first."""
     rows, first = [], None
     x, x_fake = torch.rand(2, 64, 1, 28, 28)
     for name, model in critics.MODELS.items():
@@ -149,7 +149,7 @@ def critic_steps():
 
         def step():
             real, fake = D(torch.cat([x, x_fake])).split(len(x))
-            loss = fake.mean() - real.mean()
+            loss = model.d(real, fake)
             if model.penalty:
                 loss = loss + critics.gradient_penalty(D, x, x_fake)
             opt.zero_grad()

@@ -1,6 +1,10 @@
 """Settings of all tests: one thread, no surprise from time, the same examples on every CI run."""
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -16,6 +20,24 @@ settings.register_profile("everyday", deadline=None, print_blob=True, max_exampl
                           suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", settings.get_profile("everyday"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs(request, tmp_path_factory):
+    """The scripts of test_quick_run with --quick as a user starts them, and their folder.
+
+    They run one after the other on a second core while the other tests have the first.
+    """
+    folder, root = tmp_path_factory.mktemp("quick"), Path(common.__file__).parent
+
+    def quick(script):
+        return subprocess.run([sys.executable, root / script, "--quick"], cwd=folder, text=True,
+                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    scripts = [item.callspec.params["script"] for item in request.session.items
+               if item.originalname == "test_quick_run"]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield folder, {script: pool.submit(quick, script) for script in scripts}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

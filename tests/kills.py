@@ -25,7 +25,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("0[1-7]_*.py"))
 
 def run(script, out, data):
     """A --quick run of longer training than usual, so that more than imports can be hit."""
-    longer = ["--steps", "3000"] if script != "03_unrolled_gan.py" else []
+    longer = ["--steps", "60"] if script != "03_unrolled_gan.py" else []
     return subprocess.Popen([sys.executable, ROOT / script, "--quick", "--resume", *longer,
                              "--out", out, "--data-dir", data],
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -42,7 +42,7 @@ def finish(script, out, data):
 
 
 def kill(script, out, data, after, sign):
-    """Starts a run, kills it after so many seconds, reads what it left; False if it ended before."""
+    """Starts a run, kills it after so many seconds, reads what it left; False if it was over."""
     process = run(script, out, data)
     try:
         process.wait(after)

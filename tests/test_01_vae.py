@@ -48,6 +48,30 @@ def test_wrong_kls_are_rejected(twin):
     assert rejected(kl_is_that_of_torch, twin, 0, 3, 2)
 
 
+def negative_elbo_is_its_mean(negative_elbo, seed, n, k):
+    """A decoder that ignores z: -ELBO = KL - log p(x), whatever was drawn."""
+    mu, logvar = gaussian(seed, n, 3)
+    log_px = normal(seed + 2, k, n)
+    kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=1)
+    expected = kl - sum(log_px) / k
+    size = (logvar.exp() + mu ** 2 + 1 + logvar.abs()).sum(dim=1).max() + log_px.abs().max()
+    atol = 8 * (k + 3) * EPS * size.item()
+    assert_close(negative_elbo(log_px, mu, logvar), expected, rtol=0, atol=atol)
+
+
+@given(seeds(), sizes, sizes)
+def test_negative_elbo_is_kl_minus_the_mean_log_likelihood(seed, n, k):
+    negative_elbo_is_its_mean(vae.negative_elbo, seed, n, k)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda log_px, mu, logvar: vae.kl_standard_normal(mu, logvar) + log_px.mean(dim=0),
+    lambda log_px, mu, logvar: vae.kl_standard_normal(mu, logvar) - log_px.sum(dim=0),
+    lambda log_px, mu, logvar: vae.kl_standard_normal(mu, logvar) - log_px.logsumexp(dim=0)])
+def test_wrong_elbos_are_rejected(twin):
+    assert rejected(negative_elbo_is_its_mean, twin, 0, 3, 2)
+
+
 @given(seeds(), sizes)
 def test_kl_is_zero_only_at_the_prior(seed, d):
     zero = torch.zeros(1, d, dtype=torch.float64)
@@ -249,7 +273,7 @@ def test_more_samples_tighten_the_printed_bound(tmp_path, digits_dir, capsys):
     nll = []
     for k in ("1", "100"):
         run(tmp_path / k, digits_dir, "--models", "vae", "--k-test", k)
-        nll.append(float(capsys.readouterr().out.splitlines()[-1].split()[1]))
+        nll.append(float(capsys.readouterr().out.splitlines()[-1].split()[2]))
     assert nll[1] < nll[0]
 
 
@@ -303,7 +327,7 @@ def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, ca
 @pytest.mark.parametrize("flags, words", [
     (["--models", "gan"], ["--models", "gan"]),
     (["--x-sigma2", "0"], ["--x-sigma2", "0"]),
-    (["-k", "0"], ["-k", "0"]),
+    (["-k", "0"], ["-k", "0"]), (["--batch", "1"], ["--batch 2 or more"]),
     (["--z-dim", "x"], ["--z-dim", "x"])])
 def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
     one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)

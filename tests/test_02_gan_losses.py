@@ -452,7 +452,8 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
 @pytest.mark.parametrize("name, column", [
     ("wgan", {"clip": False}), ("wgan", {"dropout": 0.3}), ("ebgan", {"pull_away": ()}),
     ("dragan", {"penalty": None}), ("acgan", {"labels": "condition"}), ("lsgan", {"eps": 0.1}),
-    ("infogan", {"labels": "guess"}), ("began", {"pull_away": (2.5, 2.5)}), ("wgan-gp", {"d_steps": 1}), ("minimax", {"share": 0.5})])
+    ("infogan", {"labels": "guess"}), ("began", {"pull_away": (2.5, 2.5)}),
+    ("wgan-gp", {"d_steps": 1}), ("minimax", {"share": 0.5})])
 def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, monkeypatch, name,
                                                         column):
     flags = ["--loss", name, "--steps", "2"]

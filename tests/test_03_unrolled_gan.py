@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from harness import folder_of_pictures, killed_after, one_line, results, same
 from strategies import generator, normal, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
-SCRIPT = Path(unrolled.__file__)
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -260,15 +258,22 @@ def test_a_process_that_is_killed_and_interrupted_resumes_to_the_same_bits(tmp_p
     for how, status in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, "--quick", *flags, "--out", tmp_path / "killed"], text=True,
+            [sys.executable, unrolled.__file__, "--quick", *flags, "--out", tmp_path / "killed"],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE)
+            stderr=subprocess.PIPE, text=True)
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(how)
         assert "Traceback" not in process.communicate()[1] and process.returncode == status
     assert same(run(tmp_path / "killed", *flags), run(tmp_path / "straight", *flags))
+
+
+def test_a_small_folder_is_enough(tmp_path):
+    """Fewer pictures than a batch: as many of G's stand beside them."""
+    folder = folder_of_pictures(tmp_path / "p", 20, 16)
+    samples = run(tmp_path / "o", "--data", folder, "--size", "16")["samples_k2.pt"]
+    assert samples.shape == (1000, 3, 16, 16)
 
 
 def test_a_loss_that_explodes_names_itself_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):

@@ -153,12 +153,6 @@ def test_wrong_encoder_losses_are_found_out(twin):
     assert rejected(both_terms_count, twin, 0)
 
 
-@given(st.floats(-20, 60))
-def test_psnr_is_ten_times_the_logarithm_of_peak_squared_over_error(dB):
-    error = 2 ** 2 / 10 ** (dB / 10)  # the peak of [-1, 1] is 2
-    assert inversion.psnr(torch.tensor(error, dtype=torch.float64)).item() == pytest.approx(dB)
-
-
 @given(seeds(), st.integers(1, 8))
 def test_report_against_loops(seed, n):
     x, x_rec = normal(seed, n, 2, 3, 3), normal(seed + 1, n, 2, 3, 3)
@@ -169,7 +163,7 @@ def test_report_against_loops(seed, n):
     z, z_true = normal(seed + 2, n, 4), normal(seed + 3, n, 4)
     found = inversion.report(x, x_rec, z, z_true, y)
     assert found["mse"] == pytest.approx(sum(error) / n)
-    assert found["psnr"] == pytest.approx(sum(10 * math.log10(4 / e) for e in error) / n)
+    assert found["psnr"] == pytest.approx(10 * math.log10(4 / (sum(error) / n)))  # peak: 2
     assert found["found"] == pytest.approx(1 / n)
     for k in set(y.tolist()):
         mine = [e for e, label in zip(error, y.tolist()) if label == k]

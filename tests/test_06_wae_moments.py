@@ -4,11 +4,13 @@ import csv
 import importlib
 import math
 from statistics import mean
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torch.testing import assert_close
 
 import common
@@ -289,7 +291,21 @@ def test_a_small_folder_is_enough_and_a_tiny_one_is_refused(tmp_path, digits_dir
         one_line(capsys, lambda: run(tmp_path / "b", digits_dir, "--data", folder, *flags), words)
 
 
+@pytest.mark.parametrize("n", [2, 5, 20, 600])
+def test_like_pictures_are_the_nearest_of_the_others(n):
+    """However few there are, none is compared with itself; codes are the pixels here."""
+    x = normal(n, n, 1, 2, 2).float().clamp(-1, 1)
+    net = mock.Mock(encode=nn.Flatten(), decode=nn.Unflatten(1, (1, 2, 2)))
+    rows = wae.pictures(net, x, x.flatten(1), x, x)["between"].unflatten(0, (8, 9))
+    for i in range(4):
+        one, other = rows[i, 0], rows[i, -1]
+        others = common.to_uint8(torch.cat([x[:500][:i % n], x[:500][i % n + 1:]]))
+        gaps = (others.float() - common.to_uint8(x)[i % n].float()).flatten(1).norm(dim=1)
+        assert torch.equal(one, common.to_uint8(x)[i % n])
+        assert torch.equal(other, others[gaps.argmin()])
+
+
 def test_odd_sides_are_refused(tmp_path, digits_dir, capsys):
     folder = folder_of_pictures(tmp_path / "p", 20, 30)
     one_line(capsys, lambda: run(tmp_path / "o", digits_dir, "--data", folder, "--size", "30"),
-             "divisible by 4")
+             "--size 28")

@@ -75,6 +75,13 @@ def test_a_wrong_verdict_ends_with_status_one(tmp_path, monkeypatch, capsys):
     assert "refuted expected" in out
 
 
+def test_the_outcome_with_the_wrong_verdict_is_the_one_that_is_shown(monkeypatch):
+    outcomes = [theory.Outcome("1", text, text == "1") for text in ("1", "2", "1")]
+    check = iter(outcomes).__next__
+    monkeypatch.setitem(theory.CLAIMS, "shaky", theory.Claim("GANs", check, holds=True))
+    assert theory.run("shaky", range(3)) == (outcomes[1], 2)
+
+
 def test_only_and_list(tmp_path, capsys):
     theory.main(["--only", "double-sigmoid", "--out", str(tmp_path)])
     out = capsys.readouterr().out

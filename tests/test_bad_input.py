@@ -38,6 +38,7 @@ def pictures(tmp_path, change=None):
     (["--device", "toaster"], ["toaster", "--device cpu"]), (["--size", "0"], ["--size", "'0'"]),
     (["--steps", "0"], ["--steps", "'0'"]), (["--steps", "-1"], ["--steps"]),
     (["--steps", "many"], ["--steps", "many"]), (["--seed", "x"], ["--seed"]),
+    (["--seed", "9" * 20], ["--seed", "2147483647"]),
     (["--colour"], ["--colour"])])
 def test_flags(script, flags, words, refused):
     refused(script, flags, *words)
@@ -56,6 +57,13 @@ def test_folders(script, refused, tmp_path):
 @every_script
 def test_a_single_pixel(script, refused, tmp_path):
     refused(script, ["--data", folder_of_pictures(tmp_path / "p", 20, 32), "--size", "1"], "1x1")
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "03_unrolled_gan"])
+def test_a_side_that_halving_and_doubling_does_not_give_back(script, refused, tmp_path):
+    """36 -> 18 -> 9 -> 4 pixels in a D, but 4 -> 8 -> 16 -> 32 in a G."""
+    refused(script, ["--data", folder_of_pictures(tmp_path / "p", 20, 40), "--size", "36"], "36x36",
+            "--size 32")
 
 
 @every_script

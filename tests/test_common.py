@@ -1,7 +1,11 @@
 """common.py: data in, pictures and files out, one line for every mistake."""
 
+import contextlib
 import importlib
+import io
 import math
+import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -125,6 +129,21 @@ def test_default_falls_back_to_digits_and_says_so(tmp_path, digits_dir, no_downl
     images = common.load_images(args, "cpu", train=False)
     assert "cannot be downloaded: using drawn digits" in capsys.readouterr().out
     assert "no MNIST" in images.name
+    common.load_images(args, "cpu")
+    assert "cannot be downloaded" not in capsys.readouterr().out  # said once
+
+
+def test_a_run_that_fell_back_to_digits_does_not_go_on_with_mnist(tmp_path, digits_dir, no_download,
+                                                                  capsys):
+    args = arguments(tmp_path)
+    args.data, args.data_dir = None, digits_dir
+    common.start(args)
+    common.load_images(args, "cpu")
+    common.save_checkpoint(args, {})
+    write_mnist(tmp_path / "mnist")
+    args.data, args.data_dir, args.resume = None, tmp_path / "mnist", True
+    common.load_images(args, "cpu")
+    one_line(capsys, lambda: common.load_checkpoint(args), "data digits", "mnist")
 
 
 def test_digits_are_what_the_table_promises(tmp_path, digits_dir):
@@ -164,7 +183,12 @@ def test_a_changed_folder_is_decoded_again(tmp_path):
     args = arguments(tmp_path, "--data", tmp_path / "pictures", "--size", 16)
     common.start(args)
     common.load_images(args, "cpu")
-    (tmp_path / "pictures" / "deep" / "00.png").unlink()
+    first = tmp_path / "pictures" / "deep" / "00.png"
+    before = first.stat()
+    Image.new("RGB", (30, 40), (7, 7, 7)).save(first)
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns - 1))  # older, and of the same size
+    assert common.load_images(args, "cpu").x[0, 0, 0, 0] == 7
+    first.unlink()
     assert common.load_images(args, "cpu").x[0, 0, 0, 0] == 20
 
 
@@ -203,6 +227,8 @@ def test_an_epoch_shows_each_picture_at_most_once(n, size, seed):
     (["--eta", "nan"], "--eta"),
     (["--method", "magic"], "magic"),
     (["--colour"], "--colour"),
+    (["--seed", "-1"], "--seed"),
+    (["--seed", "2147483648"], "--seed"),
 ])
 def test_wrong_flags_give_one_line(capsys, tmp_path, flags, word):
     one_line(capsys, lambda: arguments(tmp_path, *flags), word)
@@ -314,54 +340,56 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def in_new_process(code, *args):
     """Runs code, which sees common and its arguments in sys.argv, in a process of its own."""
     return subprocess.Popen([sys.executable, "-c", f"import sys, common\n{code}", *map(str, args)],
-                            cwd=Path(common.__file__).parent, text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            cwd=Path(common.__file__).parent, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def test_a_full_disk_gives_one_line_and_leaves_the_old_file(tmp_path):
-    """A process that may not write more than 2,000 bytes into a file."""
+    """A process that may not write more than 2,000 bytes into a file tries three times."""
     common.save(torch.ones(3), tmp_path / "x.pt")
-    for code in ("common.save(torch.zeros(9999), path)",
-                 "common.write_log(path, [{'step': 10 ** 3000}])",
-                 "common.save_panels(path, [('', [('', lambda ax: None)])])"):
-        run = in_new_process(f"""
-import resource, torch, pathlib
+    run = in_new_process("""
+import contextlib, pathlib, resource, torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-sys.set_int_max_str_digits(0)
 path = pathlib.Path(sys.argv[1])
-{code}""", tmp_path / "x.pt")
-        error = run.communicate()[1]
-        assert run.returncode == 1 and error.count("\n") == 1, error
-        assert "x.pt" in error and "cannot write" in error
-        assert torch.equal(torch.load(tmp_path / "x.pt"), torch.ones(3))
-        assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+for write in (lambda: common.save(torch.zeros(9999), path),
+              lambda: common.write_log(path, [{"step": "9" * 9999}]),
+              lambda: common.save_panels(path, [("", [("", lambda ax: None)])])):
+    try:
+        write()
+    except SystemExit as end:
+        print(end.code)""", tmp_path / "x.pt")
+    printed, error = run.communicate()
+    assert printed.split() == ["1"] * 3 and error.count("\n") == 3, error
+    assert all("x.pt" in line and "cannot write" in line for line in error.splitlines())
+    assert torch.equal(torch.load(tmp_path / "x.pt"), torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
 
 
 START = """
-args = common.parser("", "03_unrolled_gan.py").parse_args(["--out", sys.argv[1]])
-common.start(args)
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
+common.start(common.parser("", "03_unrolled_gan.py").parse_args(["--out", sys.argv[1]]))
 print("ready", flush=True)
-sys.stdin.read()"""
+signal.pause()"""
 
 
-def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(tmp_path):
-    first = in_new_process(START, tmp_path)
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(tmp_path, capsys):
+    args = arguments(tmp_path)
+    first = in_new_process(START, args.out)
     while "ready" not in first.stdout.readline():
         pass
-    second = in_new_process(START, tmp_path)
-    error = second.communicate()[1]
-    assert second.returncode == 2 and error.count("\n") == 1 and "another run" in error
+    one_line(capsys, lambda: common.start(args), "another run")
     first.kill()
     first.communicate()
-    (tmp_path / "checkpoint.pt.17.tmp").touch()  # what a kill in the middle of a write leaves
-    third = in_new_process(START, tmp_path)
-    assert "ready" in third.communicate()[0]
-    assert not list(tmp_path.glob("*.tmp"))
+    left, mine = args.out / "checkpoint.pt.17.tmp", args.out / "notes.tmp"
+    left.touch()  # what a kill in the middle of a write leaves
+    mine.touch()
+    common.start(args)
+    assert not left.exists() and mine.exists()
 
 
 def test_ctrl_c_outside_of_a_training_gives_one_line(tmp_path):
-    run = in_new_process("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-                         + START, tmp_path)
+    run = in_new_process(START, tmp_path)
     while "ready" not in run.stdout.readline():
         pass
     run.send_signal(signal.SIGINT)
@@ -398,3 +426,50 @@ def test_progress_prints_tenths_when_not_a_terminal(capsys):
         show(step, loss=0.5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and "step 40/40" in lines[-1] and "loss 0.5" in lines[0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@contextlib.contextmanager
+def terminal():
+    """What is written to stdout and to stderr, if they are a terminal of 40 columns."""
+    with contextlib.redirect_stdout(Terminal()) as out, \
+            contextlib.redirect_stderr(Terminal()) as err, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
+        yield out, err
+
+
+def test_progress_on_a_terminal_stays_on_one_line():
+    with terminal() as (out, _):
+        show = common.progress("k=5", 2, 128)
+        show(1, loss_d=0.5, loss_g=0.25)
+        first = out.getvalue()
+        show(2, loss_d=0.5, loss_g=0.25)
+    assert first.startswith(common.WIPE) and "\n" not in first
+    assert len(first) - len(common.WIPE) < 40  # a longer one would scroll
+    assert out.getvalue().count(common.WIPE) == 2 and out.getvalue().endswith("\n")
+
+
+def test_messages_take_the_place_of_an_unfinished_progress_line():
+    with terminal() as (out, err):
+        with pytest.raises(SystemExit):
+            common.fail("loss_d is nan")
+        common.say("hint")
+    assert out.getvalue() == f"{common.WIPE}hint\n"
+    assert err.getvalue() == f"{common.WIPE}error: loss_d is nan\n"
+
+
+def test_numbers_stand_to_the_right_words_to_the_left(capsys):
+    common.print_table(["name", "psnr"], [["a", "inf"], ["long name", "-1.5"], ["b", "nan"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "name       psnr", "a           inf", "long name  -1.5", "b             -"]
+
+
+def test_what_is_given_stands_whatever_quick_says(tmp_path):
+    for flags, steps, n_samples in (([], 5000, 10_000), (["--quick"], 125, 1000),
+                                    (["--quick", "--steps", "9"], 9, 1000)):
+        args = arguments(tmp_path, *flags)
+        assert (args.steps, args.n_samples) == (steps, n_samples), flags

@@ -19,14 +19,14 @@ SCRIPTS = sorted(p.name for p in ROOT.glob("0[1-8]_*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_quick_run(script, tmp_path, digits_dir, capsys, monkeypatch):
-    """In this process: .ci/run starts each script by itself."""
-    monkeypatch.chdir(tmp_path)
-    importlib.import_module(script[:-3]).main(["--quick", "--data-dir", str(digits_dir)])
-    written = re.findall(r"^wrote (.+)$", capsys.readouterr().out, re.MULTILINE)
-    assert written and all(Path(path).stat().st_size > 0 for path in written)
+def test_quick_run(script, quick_runs):
+    folder, runs = quick_runs
+    run = runs[script].result()
+    assert (run.returncode, run.stderr) == (0, "")
+    written = re.findall(r"^wrote (.+)$", run.stdout, re.MULTILINE)
+    assert written and all((folder / path).stat().st_size > 0 for path in written)
     assert not any(Path(path).is_absolute() for path in written)
-    out = tmp_path / "out" / script[:-3]
+    out = folder / "out" / script[:-3]
     assert out.is_dir() and not list(out.glob("*.tmp"))
     if (log := out / "log.csv").exists():
         rows = list(csv.DictReader(log.open()))
