@@ -18,8 +18,8 @@ See      pictures.png: reconstructions, one picture encoded five times, samples,
          (0.065, KL 0.01); without the KL term they are sharp (0.015), but samples are all alike:
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
 Time     3.5 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
-Differs  convolutions with batch norm for the paper's perceptrons; every batch is drawn to 0 or 1
-         anew from the grey pixels (dynamic binarisation); the rate falls along a cosine.
+Differs  convolutions with batch norm for the papers' perceptrons; the rate falls along a cosine;
+         Burda et al. measure with k = 5,000. Batches are drawn to 0 or 1 anew, as there.
 Run      python 01_vae.py
          python 01_vae.py --models vae -k 5 --batch 64 --lr 6e-3 --steps 30000 --k-test 1000
          python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --z-dim 128 --steps 3000 \
@@ -115,7 +115,7 @@ def iwae_bound(log_px, z, mu, logvar):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
+    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -322,7 +322,7 @@ def pictures(net, x, x_train, samples):
 # --- figures -----------------------------------------------------------------------------------
 
 def figures(args, images, done):
-    """pictures.png: one model closely; study.png: all models; curves.png and log.csv."""
+    """pictures.png: one model; study.png: all; curves.png, study_curves.png and log.csv."""
     title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     name, run = next(iter(done.items()))
     cells = [(text, common.panel(run["pictures"][kind], columns)) for kind, columns, text in (

@@ -18,8 +18,9 @@ Time     4.4 min on 2 CPU cores; --loss all 22 min.
 Differs  no batch norm in D; Adam with beta1 = 0 for all; wgan and wgan-gp make 3 and 2 steps of D,
          not 5; rates fall along a cosine; cgan's D adds its guess of the label to the score
          (Miyato, Koyama 2018); infogan's Q sees disturbed pictures and must agree with itself on
-         data (Ji et al. 2019); dragan's noise as in its code; began's error is a root mean square,
-         and its G's pictures are pushed apart; -ahead: a larger eps in G's Adam (see METHODS).
+         data (Ji et al. 2019); dragan's noise as in its code; ebgan's and began's errors are root
+         mean squares; G's pictures are pushed apart with weight 1 (ebgan, there 0.1), and for
+         began too; -ahead: a larger eps in G's Adam (see METHODS).
 Run      python 02_gan_losses.py --loss all
          python 02_gan_losses.py --loss nonsaturating --real-label 0.9
 """
@@ -73,7 +74,10 @@ def minimax_g(fake):
 
 
 def nonsaturating_g(fake, real_label=1.0):
-    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats."""
+    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats.
+
+    real_label y below 1 (not in the paper): -E y log σ(fake) + (1 - y) log(1 - σ(fake)).
+    """
     return F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, real_label))
 
 
@@ -258,7 +262,7 @@ def new_fingerprint(log, real_label):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
+    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -492,7 +496,7 @@ def train(args, name, images, device, saved, done):
         common.restore(saved, parts)
     sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data, G wants the same
     batches = common.batches(images, args.batch, args.seed, first * d_steps)
-    show = common.progress(name, steps, args.batch, first)
+    show = common.progress(name, steps, args.batch * d_steps, first)
     every, start = max(1, steps // 40), time.monotonic()
 
     with common.ctrl_c() as pressed:

@@ -15,7 +15,7 @@ See      inversion.png: targets above what was found; starts.png: the error of e
          of what random starts leave is not G's fault: the search got stuck. The hybrid's z has norm
          9.5, draws of N(0, I) have 8.0: G is made to draw what it hardly ever would.
 Time     4 min on 2 CPU cores, 1.8 min with the kept generator.
-Differs  Adam with beta2 = 0.9 for z; the generator is the nonsaturating one of chapter 02.
+Differs  Adam with beta2 = 0.9 for z; the generator is chapter 02's nonsaturating, 1,000 steps.
 Run      python 04_inversion.py
          python 04_inversion.py --starts 5 --invert-steps 200
 """
@@ -86,7 +86,7 @@ def encoder_loss(E, G, x, z):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
+    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -166,7 +166,8 @@ def train(args, images, device, saved):
     c, side = images.x.shape[1:3]
     G, D, E = (net.to(device) for net in (generator(args.z_dim, c, side), discriminator(c, side),
                                           encoder(args.z_dim, c, side)))
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=LR, betas=ADAM_BETAS, fused=True)
+    lr = LR * min(1.0, (28 / side) ** 2)  # at 64, with two layers more, 4e-3 diverges
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
                     for net in (G, D))
     opt_e = torch.optim.Adam(E.parameters(), lr=LR, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR

@@ -19,7 +19,8 @@ See      pictures.png: reconstructions, samples, interpolations of three models;
          one coordinate (0.43), and on 16 not at all (0.0001): it compares distances, and those of
          many independent coordinates look alike.
 Time     4 min on 2 CPU cores, --quick 10 to 31 s.
-Differs  λ doubles after each 14th of the run, not after an epoch; 16 latent coordinates, not 100.
+Differs  from the course: λ doubles after each 14th of the run, not after an epoch; 16 latent
+         coordinates, not 100. From Tolstikhin et al.: λ grows (there 10), 8 coordinates there.
 Run      python 06_wae_moments.py
          python 06_wae_moments.py --z-dim 100 --models moments
 """
@@ -102,7 +103,7 @@ PENALTIES = {"ae": None, "moments": moment_loss,
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels of the maps, largest map first, and the side of the smallest, 4 to 7 pixels."""
+    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -269,7 +270,7 @@ def pictures(net, x, z, samples, fitted):
 # --- figures -----------------------------------------------------------------------------------
 
 def figures(args, images, done):
-    """pictures.png, cdf.png, curves.png, limits.png and log.csv."""
+    """pictures.png, cdf.png, curves.png and log.csv."""
     def panels(name, run):
         kept = run["pictures"]
         pairs = torch.stack([kept["test"], kept["rec"]], dim=1).flatten(0, 1)

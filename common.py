@@ -283,7 +283,7 @@ def check_side(images, drawn):
     """Ends the run if the networks draw pictures of another side than those of the data."""
     side, fits = images.x.shape[2], max(4, drawn)
     if side != fits:
-        fail(f"the pictures are {side}x{side}, G draws {fits}x{fits}: use --size {fits}")
+        fail(f"the pictures are {side}x{side}, the networks draw {fits}x{fits}: use --size {fits}")
 
 
 def ring(m=8, radius=2.0):
@@ -532,7 +532,7 @@ def progress(label, total, per_step, first=0):
     """Returns show(step, **numbers): step, numbers, items/s and time left.
 
     On a terminal one line that updates in place; elsewhere a plain line at every tenth.
-    `per_step` = items in one step; `first` = the step before the first one.
+    `per_step` = items in one step, of data if there are any; `first` = the step before the first.
     """
     began, terminal = time.monotonic(), sys.stdout.isatty()
     last = 0.0

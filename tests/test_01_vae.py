@@ -49,7 +49,7 @@ def test_wrong_kls_are_rejected(twin):
 
 
 def negative_elbo_is_its_mean(negative_elbo, seed, n, k):
-    """A decoder that ignores z: -ELBO = KL - log p(x), whatever was drawn."""
+    """KL by torch, and the mean over the k draws by a sum in Python."""
     mu, logvar = gaussian(seed, n, 3)
     log_px = normal(seed + 2, k, n)
     kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=1)

@@ -292,7 +292,7 @@ def test_what_lies_under_the_mask_decides_nothing(tmp_path):
 
 
 def test_a_mask_is_moved_with_its_picture(tmp_path):
-    """The upper half of the stroke covered: the mask hides about ten rows of the twenty."""
+    """A third of the stroke covered, below its middle: about seven of its twenty rows."""
     _, mask = own(photo(tmp_path / "a.png"),
                   scribble(tmp_path / "m.png", (120, 90), (48, 40, 58, 54)))
     rows = (mask[0, 0] == 0).any(dim=1).nonzero()[:, 0]

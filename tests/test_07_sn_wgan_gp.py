@@ -484,7 +484,7 @@ def test_inception_sees_what_torchvision_makes_of_the_picture():
 
 @pytest.fixture(autouse=True)
 def small_runs(monkeypatch, no_figures):
-    """A few hundred pictures instead of thousands; all are still scored ten times a run."""
+    """A few hundred pictures instead of thousands; all are still scored at every step."""
     whole, quick = common.load_digits, gan.parse_args
 
     def part(args, train):
@@ -549,7 +549,7 @@ def test_a_checkpoint_holds_64_pictures_of_a_run_and_not_the_rest(tmp_path, digi
 
 
 def test_steps_of_both_players_are_counted(tmp_path, digits_dir, kept, monkeypatch):
-    """9 steps in all with n_critic 3 are two rounds of 3 D steps and one of G; 1 in quick is 1."""
+    """9 steps in all with n_critic 3 are two rounds of 3 D steps and one of G."""
     run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--n-critic", "3")  # keeps a classifier
     steps, original = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda opt, *a: (

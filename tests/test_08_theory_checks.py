@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings, strategies as st
+from hypothesis import given, note, settings, strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision import models
@@ -479,11 +479,11 @@ def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
 
 @given(st.floats(0.001, 0.5), st.integers(0, 8), st.booleans())
 def test_determinants_of_the_bilinear_game(eta, k, exact):
-    """Exact 1 - (2k - 1) η², rollback 1 - (k - 1) η²; both are 1 + η² at k = 0; alternating adds
-    -η² times the row of x."""
+    """Exact 1 - (2k - 1) η², rollback 1 - (k - 1) η²: 1 + η² at k = 0, and 1 if y sees the new x."""
     expected = 1 - ((2 * k - 1 if exact else k - 1) * eta ** 2)
     got = theory.bilinear_determinant(eta, k, exact)
     assert_close(got, expected, rtol=0, atol=20 * (1 + k) * EPS)
+    assert_close(theory.bilinear_determinant(eta, alternating=True), 1.0, rtol=0, atol=20 * EPS)
 
 
 @given(seeds(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50))
