@@ -335,7 +335,7 @@ def draw_starts(ax, methods, i):
     for method, colour in (("optimisation", "C0"), ("hybrid", "C3")):
         for curve in methods[method]["errors"][i].cpu():
             ax.semilogy(curve.numpy(), colour, linewidth=1)
-    ax.set(xlabel="step", ylim=(1e-5, 1))  # the same for all targets
+    ax.set(xlabel="step", ylim=(1e-4, 1))  # the same for all targets
 
 
 def worst(x, x_rec, y):
