@@ -9,8 +9,9 @@ Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)    
 See      process.png: training from left to right, k = 0 above k = 5, with D's level lines;
          curves.png, log.csv, samples_k{k}.pt. Printed: modes reached of 8, share of samples within
          3 standard deviations of a mode (good), KL of the modes' histogram to uniform in nats.
-         Measured, seeds 0 to 4: 0 or 1 modes and at most 4 % good at k = 0, 8 modes and 92 to 94 %
-         good at k = 5. What misses are the bridges: a continuous G cannot jump between modes.
+         Measured, seeds 0 to 4: 0 or 1 modes and below 1 % good at k = 0, 8 modes and 91 to 94 % at
+         k = 5, with --method rollback 8 and 90 to 93 %: here it is enough to meet the D of later,
+         without the gradient through it. What misses are the bridges: G is continuous.
 Time     113 to 145 s on 2 CPU cores; --data grid 182 s, --data mnist 203 s; --quick 11 to 22 s.
 Differs  plain gradient steps inside the unroll and Adam outside; rates of 3e-3 and 1e-3 that fall
          along a cosine, z of 16, batches of 128 (1e-4, 256, 512 there); D has one hidden layer of

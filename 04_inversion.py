@@ -12,8 +12,9 @@ See      inversion.png: targets above what was found; starts.png: the error of e
          On MNIST, 240 steps for each picture, mean squared errors: of 200 pictures of G the hybrid
          finds 198 again, three random starts of 80 steps 1. 500 test digits: 0.052 from random
          starts, 0.058 by the encoder, 0.0074 by the hybrid (0.001 for a 1, 0.012 for an 8). So most
-         of what random starts leave is not G's fault: the search got stuck. The hybrid's z has norm
-         9.5, draws of N(0, I) have 8.0: G is made to draw what it hardly ever would.
+         of what random starts leave is not G's fault but the search's: with 240 steps each they find
+         99 of the 200, and have 0.013 on test digits. The hybrid's z has norm 9.5, draws of N(0, I)
+         have 8.0: G is made to draw what it hardly ever would.
 Time     4 min on 2 CPU cores, 1.8 min with the kept generator.
 Differs  Adam with beta2 = 0.9 for z; the generator is chapter 02's nonsaturating, 1,000 steps.
 Run      python 04_inversion.py
