@@ -235,7 +235,7 @@ def generator(c, side):
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)  # faster
+    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)  # draws faster
 
 
 def discriminator(c, side, sn):

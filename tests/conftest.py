@@ -33,6 +33,7 @@ def quick_runs(request, tmp_path_factory):
     def quick(script):
         return subprocess.run([sys.executable, root / script, "--quick"], cwd=folder, text=True,
                               capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
     scripts = [item.callspec.params["script"] for item in request.session.items
                if item.originalname == "test_quick_run"]
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -50,6 +51,12 @@ def digits_dir(tmp_path_factory):
 def no_figures(monkeypatch):
     """Figures are made but not written, which takes longer than a few steps of training."""
     monkeypatch.setattr(common, "save_figure", lambda fig, path: plt.close(fig))
+
+
+@pytest.fixture
+def no_checkpoints(monkeypatch):
+    """None is written, which in a short run takes longer than the steps between two."""
+    monkeypatch.setattr(common, "save_checkpoint", lambda *args, **state: None)
 
 
 @pytest.fixture

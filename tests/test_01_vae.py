@@ -268,6 +268,7 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_more_samples_tighten_the_printed_bound(tmp_path, digits_dir, capsys):
     """The mean of the bound grows with k (Burda et al. 2015, theorem 1): the NLL falls."""
     nll = []
@@ -277,6 +278,7 @@ def test_more_samples_tighten_the_printed_bound(tmp_path, digits_dir, capsys):
     assert nll[1] < nll[0]
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_without_its_term_the_kl_is_free_to_grow(tmp_path, digits_dir):
     """With pixels of variance 1 the data says little: the KL falls with its term, else it rises."""
     run(tmp_path, digits_dir, "--models", "mid-sigma2", "no-kl", "--x-sigma2", "1",
@@ -287,12 +289,14 @@ def test_without_its_term_the_kl_is_free_to_grow(tmp_path, digits_dir):
     assert last["mid-sigma2"] < first["mid-sigma2"] / 2 and last["no-kl"] > first["no-kl"]
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_study_climbs_the_loss_of_the_course_whatever_k_is(tmp_path, digits_dir):
     flags = ["--models", "mid-sigma2", "no-kl", "--steps", "9"]
     logs = [run(tmp_path / k, digits_dir, *flags, "-k", k) for k in ("1", "2")]
     assert same(*logs)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
     short = ["--models", "vae", "--steps", "2"]
     plain = run(tmp_path / "plain", digits_dir, *short)

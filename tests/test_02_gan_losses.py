@@ -425,6 +425,7 @@ def test_methods_with_columns_of_their_own_are_drawn_beside_others(tmp_path, dig
     assert all(bool(row["convergence"]) == (row["loss"] == "began") for row in rows)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
     short = ["--loss", "nonsaturating", "--steps", "2"]
     plain = run(tmp_path / "plain", digits_dir, *short)
@@ -449,6 +450,7 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
     assert steps == 6 * ([of_d] * 3 + [of_g] * 2)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name, column", [
     ("wgan", {"clip": False}), ("wgan", {"dropout": 0.3}), ("ebgan", {"pull_away": ()}),
     ("dragan", {"penalty": None}), ("acgan", {"labels": "condition"}), ("lsgan", {"eps": 0.1}),

@@ -384,6 +384,7 @@ def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
         one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_options_change_what_they_should(tmp_path, digits_dir, capsys, monkeypatch):
     run(tmp_path, digits_dir)
     plain = tables(capsys)

@@ -236,6 +236,7 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
     assert capsys.readouterr().out.split("law ")[1] == table
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
     short = ["--models", "moments"]
     plain = run(tmp_path / "plain", digits_dir, *short)
@@ -245,6 +246,7 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
         assert out.keys() == plain.keys() and not same(out, plain), flags
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_plain_autoencoder_ignores_the_penalty(tmp_path, digits_dir, monkeypatch):
     """λ a thousand times larger changes the other two alone."""
     plain = run(tmp_path / "plain", digits_dir)
@@ -256,6 +258,7 @@ def test_the_plain_autoencoder_ignores_the_penalty(tmp_path, digits_dir, monkeyp
     assert changed == {"samples_moments.pt", "samples_mmd.pt"}
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_training_brings_the_codes_nearer_to_the_prior(tmp_path, digits_dir, monkeypatch):
     """30 steps with λ = 2: the penalty falls to a third or less for both, from 0.5 and more."""
     monkeypatch.setattr(wae, "weight", lambda step, steps: 2.0)

@@ -561,6 +561,7 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, kept, monkeypat
     assert steps == 2 * ([of_d] * 3 + [of_g])
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name", gan.MODELS)
 def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, kept, monkeypatch, name):
     """All data white: with the right signs G's pictures, grey at the start, become lighter.
@@ -598,6 +599,7 @@ def test_clipping_holds_the_slope_below_its_documented_bound():
     assert 0.7 * bound < gan.gradient_norms(D, torch.ones(1, 1, 28, 28)).item() <= bound
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name, column", [
     ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"clip": False}),
     ("wgan-sn", {"d": gan.bce_d}), ("wgan-sn", {"g": gan.nonsaturating_g}),
@@ -611,12 +613,14 @@ def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, ke
     assert not same(run(tmp_path, digits_dir, kept, "--models", name), plain)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("flags", [["--batch", "9"], ["--seed", "1"], ["--n-critic", "2"]])
 def test_options_change_what_they_should(tmp_path, digits_dir, straight, flags):
     other = run(tmp_path, digits_dir, tmp_path / "none", "--models", "vanilla", *flags)
     assert not same(other, straight("vanilla"))
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_weight_of_the_penalty_reaches_the_training(tmp_path, digits_dir, kept, straight,
                                                         monkeypatch):
     plain = straight("wgan-gp")
@@ -637,6 +641,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, monkeyp
     assert len(alive) == 8 and max(alive[3:]) <= alive[2]
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_full_study_runs_every_n_critic(tmp_path, digits_dir, kept):
     out = run(tmp_path, digits_dir, kept, "--full", "--models", "sn", "wgan", "--steps", "1")
     assert set(out) == {"log.csv"} | {f"samples_{name}-x{n}.pt" for name in ("sn", "wgan")
