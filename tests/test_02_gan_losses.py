@@ -417,6 +417,12 @@ def test_all_methods_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digi
     assert same(run(tmp_path / "killed", digits_dir, "--resume", *flags), straight)
 
 
+def test_a_run_that_was_over_has_no_time_a_step(tmp_path, digits_dir, capsys):
+    for flags in ([], ["--resume"]):
+        run(tmp_path, digits_dir, "--loss", "nonsaturating", "--steps", "2", *flags)
+    assert capsys.readouterr().out.split()[-1] == "-"
+
+
 def test_methods_with_columns_of_their_own_are_drawn_beside_others(tmp_path, digits_dir):
     """began alone has a measure of convergence, whichever place it takes."""
     run(tmp_path, digits_dir, "--loss", "began", "minimax", "--steps", "1")

@@ -687,6 +687,16 @@ def test_the_ruler_is_calibrated(tmp_path, digits_dir, kept, capsys):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_the_rows_are_the_same_whether_the_classifier_was_kept(tmp_path, digits_dir, capsys):
+    torch.save(torch.zeros(80, 1, 28, 28, dtype=torch.uint8), tmp_path / "black.pt")
+    found = []
+    for _ in range(2):
+        gan.main(["--quick", "--data", "digits", "--data-dir", str(digits_dir), "--out",
+                  str(tmp_path), "--score", str(tmp_path / "black.pt")])
+        found.append(rows(capsys))
+    assert found[0] == found[1] and "noise" in found[0]
+
+
 def test_the_scores_are_of_the_reference_and_of_the_classes():
     """A ruler that looks at one pixel: scores that can be told by hand."""
     def net(x):
