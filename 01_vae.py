@@ -193,22 +193,22 @@ def seen(model, x):
 
 @torch.no_grad()
 def measure(net, model, grey, x, k):
-    """Numbers for test pictures in [0, 1], grey and, x [N, C, H, W], as the model sees them.
+    """Numbers for test pictures [N, C, H, W] in [0, 1]: grey as they are, x as the model sees them.
 
     nll: -iwae_bound with k samples, -elbo, kl: all in nats for each picture. mse: of the
     reconstruction from mu to the grey picture. spread: standard deviation of the codes z of all
     pictures, 1 if together they fill the prior.
     """
     nll, elbo, kl, mse, codes = [], [], [], [], []
-    few = max(1, 1000 // k)  # times k decoded pictures at once
-    for grey, x in zip(grey.split(few), x.split(few)):
-        mu, logvar = net.encode(x)
+    some = max(1, 1000 // k)  # times k decoded pictures at once
+    for few_grey, few in zip(grey.split(some), x.split(some)):
+        mu, logvar = net.encode(few)
         z = reparameterise(mu, logvar, torch.randn(k, *mu.shape, device=x.device))
-        log_px = log_likelihood(model, x, net.decode(z))
+        log_px = log_likelihood(model, few, net.decode(z))
         kl.append(kl_standard_normal(mu, logvar))
         nll.append(-iwae_bound(log_px, z, mu, logvar))
         elbo.append(negative_elbo(log_px, mu, logvar))
-        mse.append(((net.decode(mu).sigmoid() - grey) ** 2).flatten(1).mean(dim=1))
+        mse.append(((net.decode(mu).sigmoid() - few_grey) ** 2).flatten(1).mean(dim=1))
         codes.append(z[0])
     numbers = {"nll": nll, "-elbo": elbo, "kl": kl, "mse": mse}
     return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()} \

@@ -76,7 +76,7 @@ def minimax_g(fake):
 def nonsaturating_g(fake, real_label=1.0):
     """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats.
 
-    real_label y below 1 (not in the paper): -E y log σ(fake) + (1 - y) log(1 - σ(fake)).
+    real_label y below 1 (not in the paper): -E [y log σ(fake) + (1 - y) log(1 - σ(fake))].
     """
     return F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, real_label))
 
@@ -460,8 +460,9 @@ def disagreement(method, D, x):
 
 def penalties(args, method, critic, x, x_fake):
     """What holds D's slope, weighted: the method's own penalty, and R1 if it is asked for."""
-    total = LAMBDA * method.penalty(critic, x, x_fake) if method.penalty else 0.0
-    return total + args.r1 / 2 * r1_penalty(critic, x) if args.r1 else total
+    own = LAMBDA * method.penalty(critic, x, x_fake) if method.penalty else 0.0
+    r1 = args.r1 / 2 * r1_penalty(critic, x) if args.r1 else 0.0
+    return own + r1
 
 
 def clip(net, limit):
@@ -583,13 +584,13 @@ def generate(G, z):
 
 def figures(args, images, done):
     """samples.png, saturation.png, curves.png, log.csv."""
-    def panel(name, run):
+    def cell(name, run):
         numbers = [f"{key} {run[key]:.3g}" for key in ("kl", "obeyed") if key in run]
         return f"{name}\n{', '.join(numbers)}", common.panel(run["pictures"], columns=10)
 
     title = f"GAN losses on {images.name}, seed {args.seed}, same z"
     cells = [("data\n", common.panel(images.x[:PANEL], columns=10))]
-    cells += [panel(name, run) for name, run in done.items()]
+    cells += [cell(name, run) for name, run in done.items()]
     common.save_panels(args.out / "samples.png",
                        [("", cells[i:i + 4]) for i in range(0, len(cells), 4)], title)
     log = [row for run in done.values() for row in run["log"]]
@@ -599,7 +600,7 @@ def figures(args, images, done):
             ("slope of G's loss against D(G(z)):\nformula, and where training was",
              lambda ax: draw_slopes(ax, log)),
             ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log)),
-            *(panel(name, run) for name, run in ahead.items())])], f"{title}, D far ahead")
+            *(cell(name, run) for name, run in ahead.items())])], f"{title}, D far ahead")
     common.plot_curves(args.out / "curves.png", log, ["loss_d", "loss_g", "D(x)", "D(G(z))",
                                                       "gradient"], "loss", title)
     common.write_log(args.out / "log.csv", log)

@@ -12,8 +12,8 @@ See      inversion.png: targets above what was found; starts.png: the error of e
          On MNIST, 240 steps for each picture, mean squared errors: of 200 pictures of G the hybrid
          finds 198 again, three random starts of 80 steps 1. 500 test digits: 0.052 from random
          starts, 0.058 by the encoder, 0.0074 by the hybrid (0.001 for a 1, 0.012 for an 8). So most
-         of what random starts leave is not G's fault but the search's: with 240 steps each they find
-         99 of the 200, and have 0.013 on test digits. The hybrid's z has norm 9.5, draws of N(0, I)
+         of what random starts leave is the search's fault, not G's: with 240 steps each they find 99
+         of the 200, and have 0.013 on test digits. The hybrid's z has norm 9.5, draws of N(0, I)
          have 8.0: G is made to draw what it hardly ever would.
 Time     4 min on 2 CPU cores, 1.8 min with the kept generator.
 Differs  Adam with beta2 = 0.9 for z; the generator is chapter 02's nonsaturating, 1,000 steps.
@@ -167,7 +167,7 @@ def train(args, images, device, saved):
     c, side = images.x.shape[1:3]
     G, D, E = (net.to(device) for net in (generator(args.z_dim, c, side), discriminator(c, side),
                                           encoder(args.z_dim, c, side)))
-    lr = LR * min(1.0, (28 / side) ** 2)  # at 64, with two layers more, 4e-3 diverges
+    lr = LR * min(1.0, (28 / side) ** 2)  # at 64, two layers more, 02 diverged at 4e-3
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
                     for net in (G, D))
     opt_e = torch.optim.Adam(E.parameters(), lr=LR, fused=True)

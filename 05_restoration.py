@@ -196,7 +196,7 @@ def train(args, images, device, saved):
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     G, D = generator(args.z_dim, c, side).to(device), discriminator(c, side).to(device)
-    lr = LR * min(1.0, (28 / side) ** 2)  # at 64, with two layers more, 4e-3 diverges
+    lr = LR * min(1.0, (28 / side) ** 2)  # at 64, two layers more, 02 diverged at 4e-3
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
                     for net in (G, D))
     rate_g, rate_d = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
@@ -379,11 +379,11 @@ def own_picture(args, c, side):
 
 def mask_figure(args, name, x, results):
     """restored.png: a row for each kind of damage."""
-    def panel(pictures):
+    def first(pictures):
         return common.panel(common.to_uint8(pictures[:16]), 4)
 
-    common.save_panels(args.out / "restored.png", [(damage, [("before", panel(x)), *(
-        (f"{method}\n{run['psnr hidden'][method]:.1f} dB", panel(pictures))
+    common.save_panels(args.out / "restored.png", [(damage, [("before", first(x)), *(
+        (f"{method}\n{run['psnr hidden'][method]:.1f} dB", first(pictures))
         for method, pictures in run["pictures"].items())]) for damage, run in results.items()],
         f"Restoration on {name}, seed {args.seed}: PSNR on hidden pixels")
 

@@ -131,9 +131,9 @@ class Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def generate(net, z):
-    """net(z), a thousand at a time."""
-    return torch.cat([net(part) for part in z.split(1000)])
+def in_parts(net, x):
+    """net(x), a thousand at a time."""
+    return torch.cat([net(part) for part in x.split(1000)])
 
 
 # --- measures ----------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def train(args, name, images, test, device, saved, done):
                             "penalty": distance.item(), "weighted": lam * distance.item()})
             if step in shot_steps:
                 net.eval()
-                shots[step] = generate(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
+                shots[step] = in_parts(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
                 net.train()
             if milestone or pressed():
                 common.save_checkpoint(args, parts, model=name, step=step, log=log, shots=shots,
@@ -232,15 +232,15 @@ def train(args, name, images, test, device, saved, done):
                 common.stop(step)
 
     net.eval()
-    z = generate(lambda x: net.encode(common.to_float(x)), images.x)
-    samples = generate(net.decode, u_fixed)
-    fitted = generate(net.decode, z.mean(dim=0) + z.std(dim=0) * u_fixed[:1000])
+    z = in_parts(lambda x: net.encode(common.to_float(x)), images.x)
+    samples = in_parts(net.decode, u_fixed)
+    fitted = in_parts(net.decode, z.mean(dim=0) + z.std(dim=0) * u_fixed[:1000])
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
     x = common.to_float(test.x)
-    z_test = generate(net.encode, x)
+    z_test = in_parts(net.encode, x)
     return {"log": log, "shots": shots, "pictures": pictures(net, x, z, samples, fitted),
             "codes": z[:args.n_codes].cpu(),
-            "mse": F.mse_loss(generate(net.decode, z_test), x).item(),
+            "mse": F.mse_loss(in_parts(net.decode, z_test), x).item(),
             "distance": nearest_distance(samples[:1000], images),
             "fitted distance": nearest_distance(fitted, images),
             "train": code_report(z, args.n_codes), "test": code_report(z_test, args.n_codes)}
@@ -257,13 +257,13 @@ def pictures(net, x, z, samples, fitted):
     x = x[torch.arange(max(32, len(near))) % len(x)]  # a small folder has fewer than are shown
     pairs = [(i, apart[i % len(near)].argmin().item()) for i in range(4)] + \
         [(i, i + 1) for i in range(0, 8, 2)]
-    a, b = (generate(net.encode, x[list(side)]) for side in zip(*pairs))
+    a, b = (in_parts(net.encode, x[list(side)]) for side in zip(*pairs))
     alpha = torch.linspace(0, 1, 9, device=x.device).view(9, 1, 1)
     between = ((1 - alpha) * a + alpha * b).transpose(0, 1).flatten(0, 1)
-    kept = {"test": x[:32], "rec": generate(net.decode, generate(net.encode, x[:32])),
+    kept = {"test": x[:32], "rec": in_parts(net.decode, in_parts(net.encode, x[:32])),
             "samples": samples[:64], "fitted": fitted[:64],
-            "between": generate(net.decode, between),
-            "shuffled": generate(net.decode, shuffled(z)[:64])}
+            "between": in_parts(net.decode, between),
+            "shuffled": in_parts(net.decode, shuffled(z)[:64])}
     return {name: common.to_uint8(x).cpu() for name, x in kept.items()}
 
 
@@ -290,7 +290,7 @@ def figures(args, images, done):
     common.save_panels(args.out / "cdf.png", [
         (name, [(f"step {step:,}", lambda ax, z=z: draw_cdf(ax, z))
                 for step, z in run["shots"].items()]) for name, run in done.items()],
-        f"{title}: CDF of each coordinate of the test codes (blue), of N(0, 1) (black)")
+        f"{title}\nCDF of each coordinate of the test codes (blue), of N(0, 1) (black)")
     common.save_panels(args.out / "curves.png", [("", [
         (name, lambda ax, run=run: draw_losses(ax, run["log"])) for name, run in done.items()])],
         title)

@@ -472,8 +472,8 @@ def generate(G, z):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def panel(title, x, numbers=()):
-    """A panel for save_panels: 64 of the pictures, titled with the scores if there are any."""
+def cell(title, x, numbers=()):
+    """A cell for save_panels: 64 of the pictures, titled with the scores if there are any."""
     found = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
     return f"{title}\n{found}", common.panel(x[:64])
 
@@ -484,7 +484,7 @@ def figures(args, images, runs, done):
     rows = {n: {label: done[label] for label, run in runs.items() if run[1] == n}
             for n in args.n_critic}
     common.save_panels(args.out / "samples.png", [
-        (f"n_critic {n}", [panel("data", images.x), *(panel(label, run["pictures"], run)
+        (f"n_critic {n}", [cell("data", images.x), *(cell(label, run["pictures"], run)
                                                       for label, run in row.items())])
         for n, row in rows.items()], f"{title}, same z")
     columns = [column for column in ("FID", "IS", "slope")
@@ -530,7 +530,7 @@ def truncation(args, images, ruler, label, kept, device):
         return lambda ax: ax.plot(names, [numbers[limit][key] for limit in LIMITS], "o-")
 
     cells = [(f"{ruler.name} {key} against\nthe limit of |z|", curve(key)) for key in ("FID", "IS")]
-    cells += [panel(name, x[limit], numbers[limit]) for name, limit in zip(names, LIMITS)]
+    cells += [cell(name, x[limit], numbers[limit]) for name, limit in zip(names, LIMITS)]
     common.save_panels(args.out / "truncation.png", [("", cells[:4]), ("", cells[4:])],
                        f"truncated z, {label} on {images.name}, {args.n_samples // 2:,} samples")
     common.print_table([f"truncated at ({args.n_samples // 2:,} samples)", *numbers[math.inf]], [
@@ -596,8 +596,8 @@ def score_files(args, images, ruler, files):
                         f"{d + 1}")
     results = {label: report(ruler, x.to(images.x.device), images) for label, x in files.items()}
     results = dict(sorted(results.items(), key=lambda item: item[1]["FID"]))
-    cells = [panel("data\n", images.x)] + [
-        panel("\n".join(Path(label).with_suffix("").parts[-2:]), files[label], numbers)
+    cells = [cell("data\n", images.x)] + [
+        cell("\n".join(Path(label).with_suffix("").parts[-2:]), files[label], numbers)
         for label, numbers in results.items()]
     common.save_panels(args.out / "scored.png", [
         ("", cells[i:i + 6]) for i in range(0, len(cells), 6)],

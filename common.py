@@ -69,7 +69,7 @@ def whole_number(text):
     return int(text)
 
 
-def seed(text):
+def seed_number(text):
     """argparse type: a whole number from 0 to 2^31 - 1."""
     if not text.isdecimal() or int(text) >= 2 ** 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2147483647")
@@ -121,7 +121,7 @@ def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (dra
     g.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept")
     g.add_argument("--size", type=positive_int, default=64, help="pixels a side, for folders")
     g.add_argument("--out", type=Path, default=Path("out") / script, help="where results go")
-    g.add_argument("--seed", type=seed, default=0, help="same seed, same CPU: same numbers")
+    g.add_argument("--seed", type=seed_number, default=0, help="same seed, same CPU: same numbers")
     g.add_argument("--device", help="cpu, cuda, mps; if not given: the GPU if there is one")
     g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     g.add_argument("--quick", action="store_true", help="seconds instead of minutes, same code")
