@@ -1,10 +1,7 @@
 """Settings of all tests: one thread, no surprise from time, the same examples on every CI run."""
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -23,34 +20,41 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_runs(request, tmp_path_factory):
-    """The scripts of test_quick_run with --quick as a user starts them, and their folder.
+def second_core(request, tmp_path_factory):
+    """Calls the functions of all marks beside(run=...), one after the other, while the tests go on.
 
-    They run one after the other on a second core while the other tests have the first.
+    They start processes and wait for them, which leaves the first core to the tests.
     """
-    folder, root = tmp_path_factory.mktemp("quick"), Path(common.__file__).parent
-
-    def quick(script):
-        return subprocess.run([sys.executable, root / script, "--quick"], cwd=folder, text=True,
-                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    scripts = [item.callspec.params["script"] for item in request.session.items
-               if item.originalname == "test_quick_run"]
+    folder = tmp_path_factory.mktemp("beside")
+    runs = [mark.kwargs["run"] for item in request.session.items for mark in item.iter_markers("beside")]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        yield folder, {script: pool.submit(quick, script) for script in scripts}
+        yield {run: pool.submit(run, folder) for run in runs}
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def beside(request, second_core):
+    """What run(folder) of the test's mark beside(run=...) returned; all runs share the folder."""
+    return second_core[request.node.get_closest_marker("beside").kwargs["run"]].result()
 
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
-    """A --data-dir that all tests share, so that the digits are drawn once."""
-    return tmp_path_factory.mktemp("data")
+    """A --data-dir that all tests share, with a tenth of the digits, drawn once."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.save([common.draw_digits(400, seed=1), common.draw_digits(2000, seed=0)],
+               folder / "digits.pt")
+    return folder
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
-    """Figures are made but not written, which takes longer than a few steps of training."""
+def no_figures(request, monkeypatch):
+    """None is made, which takes longer than a few steps of training; if the test is marked with
+    draws, all are made and none is written."""
     monkeypatch.setattr(common, "save_figure", lambda fig, path: plt.close(fig))
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(common, "save_panels", lambda path, rows, title="": None)
+        monkeypatch.setattr(common, "plot_curves", lambda path, log, columns, line, title="": None)
 
 
 @pytest.fixture

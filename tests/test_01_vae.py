@@ -309,6 +309,7 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
                     results(tmp_path / "--likelihoodgaussian"))
 
 
+@pytest.mark.draws
 def test_a_small_folder_of_colour_pictures_is_enough(tmp_path, digits_dir):
     folder = folder_of_pictures(tmp_path / "p", 12, 32)
     samples = run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")["samples.pt"]

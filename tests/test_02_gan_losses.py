@@ -406,6 +406,7 @@ def run(out, digits_dir, *flags):
     return results(out)
 
 
+@pytest.mark.draws
 def test_all_methods_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digits_dir):
     """All rows of the table, one after the other; noise and schedule resume too."""
     flags = ["--loss", "all", "--steps", "3", "--input-noise", "0.1", "--d-schedule", "cyclic"]
@@ -423,6 +424,7 @@ def test_a_run_that_was_over_has_no_time_a_step(tmp_path, digits_dir, capsys):
     assert capsys.readouterr().out.split()[-1] == "-"
 
 
+@pytest.mark.draws
 def test_methods_with_columns_of_their_own_are_drawn_beside_others(tmp_path, digits_dir):
     """began alone has a measure of convergence, whichever place it takes."""
     run(tmp_path, digits_dir, "--loss", "began", "minimax", "--steps", "1")

@@ -237,6 +237,7 @@ def test_a_run_killed_after_any_checkpoint_resumes_to_the_same_bits(tmp_path, st
     assert same(run(tmp_path, "--resume"), straight)  # a finished run resumes to itself
 
 
+@pytest.mark.draws
 def test_pictures_resume_to_the_same_bits(tmp_path, digits_dir, monkeypatch):
     """Here the order of the data and dropout have to be put back too."""
     monkeypatch.setattr(unrolled, "N_SAMPLES", 500)
@@ -252,23 +253,35 @@ def test_pictures_resume_to_the_same_bits(tmp_path, digits_dir, monkeypatch):
     assert samples.shape == (500, 1, 28, 28) and samples.dtype == torch.uint8
 
 
-def test_a_process_that_is_killed_or_interrupted_resumes_to_the_same_bits(tmp_path):
-    flags = ["--steps", "300", "-k", "0", "--device", "cpu", "--resume"]
-    ways = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
-    processes = {how: subprocess.Popen(
-        [sys.executable, unrolled.__file__, "--quick", *flags, "--out", tmp_path / how.name],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True) for how in ways}
-    for how, process in processes.items():
-        while not (tmp_path / how.name / "checkpoint.pt").exists():
-            assert process.poll() is None
+LONG = ["--steps", "300", "-k", "0", "--device", "cpu", "--resume"]
+
+
+def killed_and_interrupted(folder):
+    """Each signal at the first checkpoint of a process: its folder, its status, what it said."""
+    def end(signal_number):
+        out = folder / signal_number.name
+        process = subprocess.Popen(
+            [sys.executable, unrolled.__file__, "--quick", *LONG, "--out", out], text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE)
+        while not (out / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.005)
-        process.send_signal(how)
-        assert "Traceback" not in process.communicate()[1] and process.returncode == ways[how]
-    straight = run(tmp_path / "straight", *flags)
-    assert all(same(run(tmp_path / how.name, *flags), straight) for how in ways)
+        process.send_signal(signal_number)
+        error = process.communicate()[1]
+        return out, process.returncode, error
+
+    return [end(signal.SIGKILL), end(signal.SIGINT)]
 
 
+@pytest.mark.beside(run=killed_and_interrupted)
+def test_a_process_that_is_killed_or_interrupted_resumes_to_the_same_bits(tmp_path, beside):
+    straight = run(tmp_path, *LONG)
+    for (out, status, error), expected in zip(beside, (-signal.SIGKILL, 130)):
+        assert status == expected and "Traceback" not in error
+        assert same(run(out, *LONG), straight)
+
+
+@pytest.mark.draws
 def test_a_small_folder_is_enough(tmp_path):
     """Fewer pictures than a batch: as many of G's stand beside them."""
     folder = folder_of_pictures(tmp_path / "p", 20, 8)

@@ -290,6 +290,7 @@ def test_the_generator_stays_as_it_is_while_the_encoder_learns(tmp_path, digits_
     assert torch.equal(one, many)
 
 
+@pytest.mark.draws
 def test_a_small_folder_without_labels_is_enough(tmp_path, digits_dir, capsys):
     folder = folder_of_pictures(tmp_path / "p", 20, 32)
     run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")

@@ -397,6 +397,7 @@ def test_options_change_what_they_should(tmp_path, digits_dir, capsys, monkeypat
     assert {shape[1] for shape in seen} == {3}
 
 
+@pytest.mark.draws
 def test_ones_own_mask_and_picture(tmp_path, digits_dir, capsys):
     mask = scribble(tmp_path / "m.png", (28, 28), (10, 10, 15, 18))
     run(tmp_path, digits_dir, "--mask", str(mask))
@@ -439,6 +440,7 @@ def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
     one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
 
 
+@pytest.mark.draws
 def test_a_folder_of_colour_pictures_is_enough(tmp_path, digits_dir):
     folder = folder_of_pictures(tmp_path / "p", 20, 32)
     run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")

@@ -286,6 +286,7 @@ def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
     one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
 
 
+@pytest.mark.draws
 def test_a_small_folder_is_enough_and_a_tiny_one_is_refused(tmp_path, digits_dir, capsys):
     flags = ["--size", "32", "--models", "moments", "--z-dim", "2"]
     run(tmp_path / "a", digits_dir, "--data", folder_of_pictures(tmp_path / "p", 20, 32), *flags)

@@ -98,6 +98,7 @@ def test_sigma_is_that_of_torch_from_the_same_start(seed, out, rest):
 
 
 @given(seeds())
+@settings(max_examples=10)
 def test_the_gradient_of_sigma_is_that_of_the_largest_singular_value(seed):
     """At convergence dσ/dW = u vᵀ; torch's derivative of the SVD is the oracle."""
     weight = normal(seed, 3, 4).requires_grad_()
@@ -641,6 +642,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, monkeyp
     assert len(alive) == 8 and max(alive[3:]) <= alive[2]
 
 
+@pytest.mark.draws
 @pytest.mark.usefixtures("no_checkpoints")
 def test_the_full_study_runs_every_n_critic(tmp_path, digits_dir, kept):
     out = run(tmp_path, digits_dir, kept, "--full", "--models", "sn", "wgan", "--steps", "1")
@@ -753,6 +755,7 @@ def test_samples_of_other_data_are_left_out_aloud(tmp_path, digits_dir, kept, ca
     one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", *paths[:2]), "no file is left")
 
 
+@pytest.mark.draws
 def test_colour_without_inception_trains_without_scores_and_says_so(tmp_path, capsys, monkeypatch):
     folder, many = folder_of_pictures(tmp_path / "p", 20, 16), torch.zeros(4098, 3, 16, 16).byte()
     torch.save(many[:99], tmp_path / "a.pt")
@@ -783,6 +786,7 @@ def set_samples(args, n):
     return args
 
 
+@pytest.mark.draws
 def test_colour_is_scored_when_the_weights_are_there(tmp_path, capsys, monkeypatch):
     """A small network in Inception's place; the rest of the way is as it is."""
     class Small(nn.Module):

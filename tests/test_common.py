@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,9 +147,9 @@ def test_a_run_that_fell_back_to_digits_does_not_go_on_with_mnist(tmp_path, digi
     one_line(capsys, lambda: common.load_checkpoint(args), "data digits", "mnist")
 
 
-def test_digits_are_what_the_table_promises(tmp_path, digits_dir):
+def test_digits_are_what_the_table_promises(tmp_path):
     args = arguments(tmp_path, "--data", "digits")
-    args.data_dir = digits_dir
+    args.data_dir = tmp_path
     train, test = (common.load_images(args, "cpu", train=part) for part in (True, False))
     assert train.x.shape == (20_000, 1, 28, 28) and test.x.shape == (4_000, 1, 28, 28)
     assert train.x.dtype == torch.uint8 and train.x.min() == 0 and train.x.max() == 255
@@ -344,10 +345,12 @@ def in_new_process(code, *args):
                             stderr=subprocess.PIPE)
 
 
-def test_a_full_disk_gives_one_line_and_leaves_the_old_file(tmp_path):
+def full_disk(folder):
     """A process that may not write more than 2,000 bytes into a file tries three times."""
-    common.save(torch.ones(3), tmp_path / "x.pt")
-    run = in_new_process("""
+    path = folder / "full" / "x.pt"
+    path.parent.mkdir()
+    common.save(torch.ones(3), path)
+    return path, in_new_process("""
 import contextlib, pathlib, resource, torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 path = pathlib.Path(sys.argv[1])
@@ -357,12 +360,15 @@ for write in (lambda: common.save(torch.zeros(9999), path),
     try:
         write()
     except SystemExit as end:
-        print(end.code)""", tmp_path / "x.pt")
-    printed, error = run.communicate()
+        print(end.code)""", path).communicate()
+
+
+@pytest.mark.beside(run=full_disk)
+def test_a_full_disk_gives_one_line_and_leaves_the_old_file(beside):
+    path, (printed, error) = beside
     assert printed.split() == ["1"] * 3 and error.count("\n") == 3, error
     assert all("x.pt" in line and "cannot write" in line for line in error.splitlines())
-    assert torch.equal(torch.load(tmp_path / "x.pt"), torch.ones(3))
-    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+    assert torch.equal(torch.load(path), torch.ones(3)) and list(path.parent.iterdir()) == [path]
 
 
 START = """
@@ -373,14 +379,24 @@ print("ready", flush=True)
 signal.pause()"""
 
 
-def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(tmp_path, capsys):
-    args = arguments(tmp_path)
-    first = in_new_process(START, args.out)
-    while "ready" not in first.stdout.readline():
-        pass
-    one_line(capsys, lambda: common.start(args), "another run")
-    first.kill()
-    first.communicate()
+def two_at_once(folder):
+    """Two runs into one folder; the one that is left waits until it is killed."""
+    args = arguments(folder / "two")
+    runs = [in_new_process(START, args.out) for _ in range(2)]
+    while all(run.poll() is None for run in runs):
+        time.sleep(0.01)
+    refused, running = sorted(runs, key=lambda run: run.poll() is None)
+    said = running.stdout.readline()
+    running.kill()
+    running.communicate()
+    return args, said, refused.communicate()[1], refused.returncode
+
+
+@pytest.mark.beside(run=two_at_once)
+def test_of_two_runs_into_the_same_folder_one_is_refused_until_the_other_is_dead(beside):
+    args, said, error, status = beside
+    assert "device" in said and status == 2
+    assert error.count("\n") == 1 and "another run" in error
     left, mine = args.out / "checkpoint.pt.17.tmp", args.out / "notes.tmp"
     left.touch()  # what a kill in the middle of a write leaves
     mine.touch()
@@ -388,13 +404,17 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(tm
     assert not left.exists() and mine.exists()
 
 
-def test_ctrl_c_outside_of_a_training_gives_one_line(tmp_path):
-    run = in_new_process(START, tmp_path)
-    while "ready" not in run.stdout.readline():
-        pass
+def interrupted(folder):
+    run = in_new_process(START, folder / "interrupted")
+    run.stdout.readline()
     run.send_signal(signal.SIGINT)
-    error = run.communicate()[1].strip()
-    assert run.returncode not in (0, None) and error.count("\n") == 0 and "stopped" in error
+    return run.communicate()[1], run.returncode
+
+
+@pytest.mark.beside(run=interrupted)
+def test_ctrl_c_outside_of_a_training_gives_one_line(beside):
+    error, status = beside
+    assert status not in (0, None) and error.strip().count("\n") == 0 and "stopped" in error
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

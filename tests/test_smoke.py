@@ -7,7 +7,9 @@ import dis
 import importlib
 import inspect
 import math
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +21,16 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[1-8]_*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_quick_run(script, quick_runs):
-    folder, runs = quick_runs
-    run = runs[script].result()
+def quick(script):
+    """A mark: the script with --quick as a user starts it, in a process of its own."""
+    return pytest.mark.beside(run=lambda folder: (folder, subprocess.run(
+        [sys.executable, ROOT / script, "--quick"], cwd=folder, text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})))
+
+
+@pytest.mark.parametrize("script", [pytest.param(name, marks=quick(name)) for name in SCRIPTS])
+def test_quick_run(script, beside):
+    folder, run = beside
     assert (run.returncode, run.stderr) == (0, "")
     written = re.findall(r"^wrote (.+)$", run.stdout, re.MULTILINE)
     assert written and all((folder / path).stat().st_size > 0 for path in written)
@@ -82,10 +90,8 @@ def test_what_chapters_repeat_they_repeat_to_the_letter(name, scripts):
     assert all(other == first for other in others)
 
 
-def test_importing_does_nothing(tmp_path):
-    names = [script[:-3] for script in SCRIPTS]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); list(map(__import__, {names}))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
-                            capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("script", ["common.py", *SCRIPTS])
+def test_importing_does_nothing(script, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / script), run_name="imported")
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
