@@ -499,11 +499,11 @@ def train(args, name, images, device, saved, done):
     sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data, G wants the same
     batches = common.batches(images, args.batch, args.seed, first * d_steps)
     show = common.progress(name, steps, args.batch * d_steps, first)
-    every, start = max(1, steps // 40), time.monotonic()
+    start = time.monotonic()
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, steps + 1):
-            milestone = step % every == 0 or step == steps
+            milestone = common.due(step, steps, 40)
             std = args.input_noise * (1 - step / steps)
 
             # D's half: descend its loss on data and on G's pictures, G untouched
@@ -557,7 +557,7 @@ def train(args, name, images, device, saved, done):
                 cause = method.d is bce_d and new_fingerprint(log, args.real_label)
                 if cause:
                     common.say(f"{name}: losses stay at {loss_d:.4f} and {loss_g:.4f}: {cause}")
-            if milestone or pressed():
+            if common.due(step, steps, 10) or pressed():
                 common.save_checkpoint(args, parts, loss=name, step=step, log=log, k=k, done=done)
             if pressed():
                 common.stop(step)

@@ -272,7 +272,6 @@ def train(args, setting, task, k, device, saved, done):
     shot_steps = {math.ceil(share * args.steps) for share in SHOTS}
     per_step = setting["batch"] * (args.g_steps + args.d_steps)
     show = common.progress(f"k={k}", args.steps, per_step, first)
-    every = max(1, args.steps // 40)
 
     def draw(x):
         """As many of G's as there are in x."""
@@ -301,15 +300,14 @@ def train(args, setting, task, k, device, saved, done):
             rate_d.step()
             common.check_finite(step, loss_g=loss_g.item(), loss_d=loss_d.item())
             show(step, loss_g=loss_g.item(), f=-loss_d.item())
-            milestone = step % every == 0 or step == args.steps
-            if milestone or step in shot_steps:
+            if common.due(step, args.steps, 40) or step in shot_steps:
                 few = generate(G, z_fixed[:1000])
                 numbers = {"k": k, "step": step, "loss_g": loss_g.item(), "f": -loss_d.item(),
                            **task.measure(few)}
                 log.append(numbers)
                 if step in shot_steps:
                     shots.append({**numbers, **task.snapshot(few, D)})
-            if milestone or pressed():
+            if common.due(step, args.steps, 10) or pressed():
                 common.save_checkpoint(args, parts, k=k, step=step, log=log, shots=shots, done=done)
             if pressed():
                 common.stop(step)

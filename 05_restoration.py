@@ -38,7 +38,7 @@ LR, ADAM_BETAS = 4e-3, (0.0, 0.999)  # of G and D
 N_TEST, N_NOISE = 200, 60        # test pictures for each mask, and for each level of noise
 N_POOL = 2000                    # random z; those whose pictures fit y best are the starts
 N_SAMPLES = 10_000               # pictures in samples.pt
-CHUNK = 500                      # rows of z in one batch: more do not fit in the cache
+CHUNK = 125                      # rows of z in one batch: more leave the cache
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -209,7 +209,6 @@ def train(args, images, device, saved):
         common.restore(saved, parts)
     batches = common.batches(images, args.batch, args.seed, first)
     show = common.progress("generator", args.steps, args.batch, first)
-    every = max(1, args.steps // 40)
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, args.steps + 1):
@@ -234,10 +233,9 @@ def train(args, images, device, saved):
             losses = {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
             common.check_finite(step, **losses)
             show(step, **losses)
-            milestone = step % every == 0 or step == args.steps
-            if milestone:
+            if common.due(step, args.steps, 40):
                 log.append({"step": step, **losses})
-            if milestone or pressed():
+            if common.due(step, args.steps, 10) or pressed():
                 common.save_checkpoint(args, parts, step=step, log=log)
             if pressed():
                 common.stop(step)

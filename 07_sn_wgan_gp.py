@@ -408,7 +408,6 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
         common.restore(saved, parts)
     batches = common.batches(images, args.batch, args.seed, first * n_critic)
     show = common.progress(label, steps, args.batch * n_critic, first)
-    every = max(1, steps // 10)
 
     with common.ctrl_c() as pressed:
         for step in range(first + 1, steps + 1):
@@ -436,15 +435,14 @@ def train(args, name, n_critic, images, device, ruler, saved, done):
             rate_g.step()
             common.check_finite(step, loss_d=total_d.item(), loss_g=loss_g.item())
             show(step, loss_d=loss_d.item(), loss_g=loss_g.item())
-            milestone = step % every == 0 or step == steps
-            if milestone:
+            if common.due(step, steps, 10):
                 slope = gradient_norms(D.eval(), torch.cat([x, x_fake])).mean().item()
                 D.train()
                 log.append({"model": label, "step": step, "updates": step * (1 + n_critic),
                             "loss_d": loss_d.item(), "loss_g": loss_g.item(), "slope": slope})
                 if ruler and ruler.name != "Inception":  # that would take minutes each time
                     log[-1] |= score(ruler, generate(G, z_fixed[:args.n_score]))
-            if milestone or pressed():
+            if common.due(step, steps, 10) or pressed():
                 common.save_checkpoint(args, parts, model=label, step=step, log=log, done=done)
             if pressed():
                 common.stop(step)

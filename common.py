@@ -554,6 +554,11 @@ def progress(label, total, per_step, first=0):
     return show
 
 
+def due(step, steps, times):
+    """True after about `times` of the steps (after each if they are fewer), and after the last."""
+    return step % max(1, steps // times) == 0 or step == steps
+
+
 def check_finite(step, **losses):
     """Stops the run if a loss is not finite; the last good checkpoint stays as it is."""
     for name, value in losses.items():

@@ -125,7 +125,7 @@ def gan_steps():
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         images = common.Images(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), None, "")
         losses.N_SAMPLES = 64
-        args = losses.parse_args(["--out", out, "--steps", "400"])
+        args = losses.parse_args(["--out", out])
         run = profile.runcall(losses.train, args, "nonsaturating", images, torch.device("cpu"),
                               None, {})
     spent = pstats.Stats(profile).stats.items()
@@ -133,8 +133,8 @@ def gan_steps():
             ("02_gan_losses.py", "bce_d"), ("02_gan_losses.py", "nonsaturating_g")}
     inside = sum(row[3] for (file, _, name), row in spent if (Path(file).name, name) in work)
     loop = run["ms a step"] / 1000
-    print(f"outside forward, backward, optimiser: {100 * (1 - inside / loop / args.steps):.1f} % of "
-          "chapter 02's loop")
+    print("outside forward, backward, optimiser: "
+          f"{100 * (1 - inside / loop / args.steps):.1f} % of chapter 02's loop")
     return [[name, f"{speed:,.0f}", f"{speed / theirs:.1f} x"] for name, speed in (
         ("02_gan_losses, its loop", 64 / loop), ("PyTorch-GAN's dcgan.py", theirs))]
 

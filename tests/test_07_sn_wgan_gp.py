@@ -154,7 +154,7 @@ def test_a_normalised_convolution_is_1_lipschitz_where_patches_do_not_overlap(se
 
 
 def test_overlapping_patches_double_the_slope_at_most():
-    """D's convolutions, 4x4 with stride 2: a pixel is in 4 patches, so √4; equal weights reach it."""
+    """D's convolutions, 4x4 with stride 2: a pixel is in 4 patches, √4; equal weights reach it."""
     layer = nn.Conv2d(1, 1, kernel_size=4, stride=2, padding=1, dtype=torch.float64)
     layer.weight.data = torch.ones_like(layer.weight)
     layer = normalised(layer)
@@ -213,7 +213,8 @@ def penalty_of_a_linear_critic_is_its_closed_form(penalty, seed, n):
     w = normal(seed, 2, 3, 3)
     got = penalty(lambda x: (x * w).flatten(1).sum(dim=1), normal(seed + 1, n, 2, 3, 3),
                   normal(seed + 2, n, 2, 3, 3))
-    assert_close(got.item(), (w.norm().item() - 1) ** 2, rtol=0, atol=1e3 * EPS * (1 + w.norm() ** 2))
+    assert_close(got.item(), (w.norm().item() - 1) ** 2, rtol=0,
+                 atol=1e3 * EPS * (1 + w.norm() ** 2))
 
 
 @given(seeds(), sizes)
@@ -296,7 +297,8 @@ def inception_score_is_the_naive_one(inception_score, seed, n, k):
     rows = probabilities(seed, n, k).tolist()
     p_y = [sum(row[j] for row in rows) / n for j in range(k)]
     kl = sum(p * math.log(p / q) for row in rows for p, q in zip(row, p_y)) / n
-    assert_close(inception_score(probabilities(seed, n, k))[0], math.exp(kl), rtol=1e3 * EPS, atol=0)
+    got = inception_score(probabilities(seed, n, k))[0]
+    assert_close(got, math.exp(kl), rtol=1e3 * EPS, atol=0)
 
 
 @given(seeds(), sizes, st.integers(2, 6))
@@ -399,7 +401,8 @@ def test_frechet_distance_of_any_covariances_by_another_road(seed, d):
     a, b = normal(seed, 3 * d, d) @ normal(seed + 1, d, d), normal(seed + 2, 4 * d, d)
     c, c_other = (np.atleast_2d(np.cov(x.numpy(), rowvar=False)) for x in (a, b))
     cross = np.sqrt(np.linalg.eigvals(c @ c_other).real.clip(min=0)).sum()
-    expected = ((a.numpy().mean(0) - b.numpy().mean(0)) ** 2).sum() + np.trace(c + c_other) - 2 * cross
+    expected = ((a.numpy().mean(0) - b.numpy().mean(0)) ** 2).sum() \
+        + np.trace(c + c_other) - 2 * cross
     scale = 1 + np.trace(c + c_other)
     assert_close(gan.frechet_distance(a, b), float(expected), rtol=0, atol=1e-6 * float(scale))
 
@@ -752,7 +755,8 @@ def test_samples_of_other_data_are_left_out_aloud(tmp_path, digits_dir, kept, ca
     shown = capsys.readouterr().out
     assert "ring.pt holds torch.float32 [2]" in shown and "colour.pt holds torch.uint8 [3" in shown
     assert re.search(r"black.pt +100 ", shown)
-    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", *paths[:2]), "no file is left")
+    one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", *paths[:2]),
+             "no file is left")
 
 
 @pytest.mark.draws
@@ -805,7 +809,8 @@ def test_colour_is_scored_when_the_weights_are_there(tmp_path, capsys, monkeypat
         parse(argv), 2049))
     gan.main(["--steps", "2", "--batch", "4", "--models", "sn", "--out", str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "Inception FID" in shown and "real training pictures" in shown and "truncated" not in shown
+    assert "Inception FID" in shown and "real training pictures" in shown
+    assert "truncated" not in shown
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -479,7 +479,7 @@ def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
 
 @given(st.floats(0.001, 0.5), st.integers(0, 8), st.booleans())
 def test_determinants_of_the_bilinear_game(eta, k, exact):
-    """Exact 1 - (2k - 1) η², rollback 1 - (k - 1) η²: 1 + η² at k = 0, and 1 if y sees the new x."""
+    """Exact 1 - (2k - 1) η², rollback 1 - (k - 1) η²: 1 + η² at k = 0; 1 if y sees the new x."""
     expected = 1 - ((2 * k - 1 if exact else k - 1) * eta ** 2)
     got = theory.bilinear_determinant(eta, k, exact)
     assert_close(got, expected, rtol=0, atol=20 * (1 + k) * EPS)
@@ -513,7 +513,7 @@ def test_inception_score_is_exp_of_mutual_information_within_its_bounds(seed, n,
     p_y = probs.mean(0)
     information = (torch.distributions.Categorical(p_y).entropy()
                    - torch.distributions.Categorical(probs).entropy().mean())
-    # Categorical clamps probabilities at EPS: p log p is then off by up to EPS log(1 / EPS) = 36 EPS
+    # Categorical clamps probabilities at EPS: p log p is off by up to EPS log(1 / EPS) = 36 EPS
     close(score.log(), information, 100 * k * EPS)
     assert 1 - 20 * k * EPS <= score <= k * (1 + 20 * k * EPS)
 

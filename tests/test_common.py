@@ -440,6 +440,13 @@ def test_first_ctrl_c_only_asks_the_second_stops():
         signal.signal(signal.SIGINT, before)
 
 
+@given(st.integers(1, 300), st.integers(1, 60))
+def test_due_as_often_as_asked_evenly_and_at_the_end(steps, times):
+    hits = [step for step in range(1, steps + 1) if common.due(step, steps, times)]
+    assert hits[-1] == steps and min(times, steps) <= len(hits) <= 2 * times + 1
+    assert len({b - a for a, b in zip([0, *hits], hits[:-1])}) <= 1  # but for the last
+
+
 def test_progress_prints_tenths_when_not_a_terminal(capsys):
     show = common.progress("k=5", 40, 128)
     for step in range(1, 41):
