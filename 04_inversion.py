@@ -414,7 +414,7 @@ def main(argv=None):
     figures(args, images.name, G, x, y, results, samples)
     common.write_log(args.out / "log.csv", kept["log"])
     columns = ["mse", "psnr", "found", "norm", "z error", "seconds"]
-    common.print_table(["pictures", "method", *columns], [
+    common.print_table([f"{images.name}: pictures", "method", *columns], [
         [name, method, *(f"{run[column]:.3g}" for column in columns)]
         for name, methods in results.items() for method, run in methods.items()])
     if y is not None:

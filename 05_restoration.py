@@ -443,19 +443,19 @@ def check(args, images):
         common.fail(f"--starts {args.starts}: there are {args.n_pool} to choose from")
 
 
-def print_tables(results, noise):
+def print_tables(name, results, noise):
     """PSNR by damage, hidden pixels alone and all; by strength of the noise."""
-    names = list(next(iter(results.values()))["pictures"])
-    common.print_table(["psnr hidden", "hidden", *names, "lost"], [
-        [damage, f"{run['hidden']:.3f}", *(f"{run['psnr hidden'][name]:.1f}" for name in names),
+    methods = list(next(iter(results.values()))["pictures"])
+    common.print_table([f"{name}: psnr hidden", "hidden", *methods, "lost"], [
+        [damage, f"{run['hidden']:.3f}", *(f"{run['psnr hidden'][m]:.1f}" for m in methods),
          f"{run['lost']:.2f}"] for damage, run in results.items()])
-    common.print_table(["psnr all", *names], [
-        [damage, *(f"{run['psnr all'][name]:.1f}" for name in names)]
+    common.print_table(["psnr all", *methods], [
+        [damage, *(f"{run['psnr all'][m]:.1f}" for m in methods)]
         for damage, run in results.items()])
     if noise:
-        names = list(noise[0.0]["psnr"])
-        common.print_table(["psnr, noise of", *names], [
-            [f"{std:.1f}", *(f"{run['psnr'][name]:.1f}" for name in names)]
+        methods = list(noise[0.0]["psnr"])
+        common.print_table(["psnr, noise of", *methods], [
+            [f"{std:.1f}", *(f"{run['psnr'][m]:.1f}" for m in methods)]
             for std, run in noise.items()])
 
 
@@ -499,7 +499,7 @@ def main(argv=None):
     noise = None if args.mask else noise_study(args, G, pool, x[:args.n_noise])
     if noise:
         noise_figure(args, images.name, noise)
-    print_tables(results, noise)
+    print_tables(images.name, results, noise)
 
 
 if __name__ == "__main__":

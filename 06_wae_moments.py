@@ -8,7 +8,8 @@ Idea     min mean (x - decode(z))² + λ penalty(z), z = encode(x): codes of a b
          λ = 0.001 * 2^epoch up to 2.048                                            -> weight()
 See      pictures.png: reconstructions, samples, interpolations of three models; cdf.png: the codes
          against N(0, 1) while training; curves.png; limits.png: what moments do not see; log.csv,
-         samples_{model}.pt. Printed: moments and MMD² of the codes, error, distance to the data.
+         samples_{model}.pt, weights_{model}.pt. Printed: moments and MMD² of the codes, error,
+         distance to the data.
          On MNIST: moments of the codes 0.000, 0.99, 2.94 (wanted: 0, 1, 3), on the test set -0.014,
          0.99, 2.94. The plain autoencoder decodes N(0, I) to fog: its codes have variance 10. From
          their own mean and variance it draws digits as near to the data (distance 0.398) as the
@@ -179,7 +180,8 @@ def nearest_distance(x, images):
 # --- train -------------------------------------------------------------------------------------
 
 def train(args, name, images, test, device, saved, done):
-    """Trains one model; returns its log, numbers and pictures, and writes samples_{name}.pt.
+    """Trains one model; returns its log, numbers and pictures, and writes samples_{name}.pt and
+    weights_{name}.pt.
 
     saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
     """
@@ -233,6 +235,7 @@ def train(args, name, images, test, device, saved, done):
     samples = in_parts(net.decode, u_fixed)
     fitted = in_parts(net.decode, z.mean(dim=0) + z.std(dim=0) * u_fixed[:1000])
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
+    common.save(net.state_dict(), args.out / f"weights_{name}.pt")
     x = common.to_float(test.x)
     z_test = in_parts(net.encode, x)
     return {"log": log, "shots": shots, "pictures": pictures(net, x, z, samples, fitted),
@@ -314,8 +317,15 @@ def draw_losses(ax, log):
     ax.legend(fontsize=7)
 
 
+def draw_dependence(ax, z):
+    """Those two coordinates of z [N, d] whose squares are correlated most."""
+    related = torch.corrcoef((z ** 2).T).fill_diagonal_(0).abs()
+    i, j = divmod(related.argmax().item(), z.shape[1])
+    ax.scatter(*z[:, [i, j]].T.numpy(), s=1)
+
+
 def limits(args, done):
-    """limits.png, and the table of laws that moments or MMD can tell from N(0, I)."""
+    """limits.png; returns rows for a table: laws that moments or MMD can tell from N(0, I)."""
     torch.manual_seed(args.seed)
     prior = torch.randn(args.n_codes, args.z_dim)
     laws = {"N(0, I)": torch.randn(args.n_codes, args.z_dim),
@@ -323,22 +333,15 @@ def limits(args, done):
             f"three points, {args.z_dim} coordinates": three_points(args.n_codes, args.z_dim)}
     for name, run in done.items():
         laws |= {f"codes of {name}": run["codes"], f"{name}, shuffled": shuffled(run["codes"])}
-    common.print_table(["law", "moment loss", "MMD^2 to N(0, I)"], [
-        [name, f"{moment_loss(z).item():.4f}", f"{mmd_imq(z, prior[:, :z.shape[1]]).item():.5f}"]
-        for name, z in laws.items()])
-
-    def scatter(name):
-        z = laws[name]
-        related = torch.corrcoef((z ** 2).T).fill_diagonal_(0).abs()
-        i, j = divmod(related.argmax().item(), args.z_dim)
-        return lambda ax: ax.scatter(*z[:, [i, j]].T.numpy(), s=1)
-
-    title = f"What moments do not see, seed {args.seed}"
     common.save_panels(args.out / "limits.png", [("", [
-        ("one coordinate of the\nlaw on three points", lambda ax: ax.hist(
-            laws["three points, one coordinate"][:, 0].numpy(), bins=41, range=(-3, 3))),
-        *((f"codes of {name}: the two\nmost dependent coordinates", scatter(f"codes of {name}"))
-          for name in done if PENALTIES[name])])], title)
+        ("one coordinate of the\nlaw on three points",
+         lambda ax: ax.hist(laws["three points, one coordinate"].numpy(), 41, range=(-3, 3))),
+        *((f"codes of {name}: the two\nmost dependent coordinates",
+           lambda ax, z=run["codes"]: draw_dependence(ax, z))
+          for name, run in done.items() if PENALTIES[name])])],
+        f"What moments do not see, seed {args.seed}")
+    return [[name, f"{moment_loss(z).item():.4f}",
+             f"{mmd_imq(z, prior[:, :z.shape[1]]).item():.5f}"] for name, z in laws.items()]
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -385,13 +388,13 @@ def main(argv=None):
             resumed = saved if saved and saved["model"] == name else None
             done[name] = train(args, name, images, test, device, resumed, dict(done))
     figures(args, images, done)
-    limits(args, done)
+    common.print_table(["law", "moment loss", "MMD^2 to N(0, I)"], limits(args, done))
     columns = list(next(iter(done.values()))["test"])
     common.print_table(["codes", *columns], [
         [f"{name}, {part}", *(f"{run[part][column]:.3g}" for column in columns)]
         for name, run in done.items() for part in ("train", "test")])
     columns = ["mse", "distance", "fitted distance"]
-    common.print_table(["model", *columns], [
+    common.print_table([f"{images.name}: model", *columns], [
         [name, *(f"{run[column]:.4g}" for column in columns)] for name, run in done.items()])
 
 

@@ -207,8 +207,8 @@ def load_images(args, device, train=True):
     elif Path(name).is_dir():
         images = load_folder(Path(name), args.size, args.out, train)
     else:
-        fail(f"--data {name}: neither a known data set (mnist, fashion, cifar10, digits) "
-             "nor a folder")
+        fail(f"--data {name}: neither a known data set (mnist, fashion, cifar10, digits; "
+             "see --help) nor a folder")
     args.data = name
     if args.quick:
         images = images._replace(x=images.x[:N_QUICK], y=None if images.y is None

@@ -279,6 +279,25 @@ def test_more_samples_tighten_the_printed_bound(tmp_path, digits_dir, capsys):
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_the_kept_weights_draw_the_samples(tmp_path, digits_dir):
+    samples = run(tmp_path, digits_dir, "--models", "vae")["samples.pt"]
+    torch.manual_seed(0)
+    z = torch.randn(len(samples), 50)
+    net = vae.VAE(1, 28, 50)
+    net.load_state_dict(torch.load(tmp_path / "weights_vae.pt"))
+    assert torch.equal(common.to_uint8(vae.generate(net.eval(), z)), samples)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("k", ["1", "3"])
+def test_the_bound_is_climbed(tmp_path, digits_dir, k):
+    """30 steps: the loss, 28 * 28 log 2 = 543 nats for a decoder that knows nothing, falls."""
+    run(tmp_path, digits_dir, "--models", "vae", "-k", k, "--steps", "30", "--batch", "32")
+    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
+    assert losses[0] > 400 and 0 < losses[-1] < 300
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 def test_without_its_term_the_kl_is_free_to_grow(tmp_path, digits_dir):
     """With pixels of variance 1 the data says little: the KL falls with its term, else it rises."""
     run(tmp_path, digits_dir, "--models", "mid-sigma2", "no-kl", "--x-sigma2", "1",

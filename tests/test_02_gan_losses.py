@@ -1,9 +1,13 @@
 """Chapter 02: every loss against an oracle, every G step toward the data, a kill loses nothing."""
 
+import argparse
 import csv
 import importlib
 import itertools
 import math
+import re
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import common
-from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
+                     same, tensors_alive)
 from strategies import generator, normal, seeds
 
 losses = importlib.import_module("02_gan_losses")
@@ -294,10 +299,43 @@ def test_the_code_of_infogan_teaches_both_g_and_q():
     G, D = losses.nets(method, 1, 28, 10)
     y = torch.arange(4)
     x_fake = G(losses.with_labels(torch.randn(4, losses.Z), F.one_hot(y, 10).float()))
-    F.cross_entropy(D(losses.disturbed(x_fake), None)[1], y).backward()
+    losses.loss_of_labels(method, D, x_fake, y, None).backward()
     assert all(p.grad.abs().sum() > 0 for p in [*G.parameters()][:1] + [D.guess.weight])
     code = G[0].weight.grad[:, losses.Z:]
     assert (code[:, :4].abs().sum(0) > 0).all() and (code[:, 4:] == 0).all()  # of the codes used
+
+
+@given(seeds(), st.floats(0, 3))
+def test_penalties_are_added_to_the_loss_of_d_with_their_weights(seed, r1):
+    """critic = w x: 10 (‖w‖ - 1)² for wgan-gp, r1 / 2 ‖w‖² for R1."""
+    w, x, x_fake = (common.to_float(torch.randint(256, (3, 9), generator=generator(seed)))
+                    for _ in range(3))
+    norm = w[0].norm().item()
+    got = losses.penalties(argparse.Namespace(r1=r1), losses.METHODS["wgan-gp"],
+                           lambda x: x @ w[0], x.requires_grad_(), x_fake)
+    # float32: a few roundings of numbers up to 100
+    assert_close(got.item(), 10 * (norm - 1) ** 2 + r1 / 2 * norm ** 2, rtol=0, atol=1e-3)
+
+
+def test_labels_go_to_their_own_pictures_in_both_halves():
+    """Two halves of a batch: D's guesses for data, then for fakes, of the same labels in order."""
+    y = torch.tensor([3, 1, 2])
+    sure = 50.0 * F.one_hot(torch.cat([y, y]), 4)
+    for guess in (sure, sure[:3]):
+        right = losses.loss_of_labels(losses.METHODS["acgan"], None, None, y, guess)
+        assert right.item() < 1e-6
+
+
+def test_agreement_is_rewarded():
+    """The same sure codes for two views of a picture have the lowest term, log 10 below chance."""
+    x = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 2, 2)
+    sure = lambda x, _: (None, 50.0 * F.one_hot(x[:, 0, 0, 0].round().long() % 10, 10))
+    blind = lambda x, _: (None, torch.zeros(len(x), 10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "disturbed", lambda x: x)
+        method = losses.METHODS["infogan"]
+        gain = losses.disagreement(method, blind, x) - losses.disagreement(method, sure, x)
+    assert_close(gain.item(), losses.AGREEMENT * math.log(10), rtol=1e-3, atol=0)
 
 
 @given(seeds())
@@ -445,6 +483,64 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
         assert out.keys() == plain.keys() and not same(out, plain), flags
 
 
+@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("name", ["minimax", "nonsaturating", "lsgan", "wgan", "ebgan", "began"])
+def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch, name):
+    """All data white: with the right signs G's pictures, grey (127) at the start, become lighter."""
+    all_white(monkeypatch)
+    run(tmp_path, digits_dir, "--loss", name, "--steps", "40")
+    assert torch.load(tmp_path / f"samples_{name}.pt").float().mean() > 138
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+def test_the_kept_weights_draw_the_samples_and_more(tmp_path, digits_dir, monkeypatch):
+    """By the chapter's functions, and by the lines of the README."""
+    out = tmp_path / "out" / "02_gan_losses"
+    samples = run(out, digits_dir, "--loss", "nonsaturating")["samples_nonsaturating.pt"]
+    torch.manual_seed(0)
+    z = torch.randn(len(samples), losses.Z)
+    G = losses.generator(losses.Z, 1, 28)
+    G.load_state_dict(torch.load(out / "weights_nonsaturating.pt"))
+    assert torch.equal(common.to_uint8(losses.generate(G, z)), samples)
+
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(losses.__file__).parent / "README.md").read_text()
+    lines, = re.findall(r"(?:^    .*\n)+", readme.partition("Draw more:")[2], re.MULTILINE)[:1]
+    names = {}
+    exec(textwrap.dedent(lines), names)
+    assert names["x"].shape == (16, 1, 28, 28) and names["x"].abs().max() <= 1
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("name", ["cgan", "acgan"])
+def test_g_draws_what_it_is_told(tmp_path, digits_dir, monkeypatch, name):
+    """Class 0 is black and class 1 is white; samples.pt asks for 0, 1, 0, 1, ..."""
+    y = torch.arange(70) % 2
+    x = (255 * y).to(torch.uint8).view(70, 1, 1, 1).expand(70, 1, 28, 28)
+    monkeypatch.setattr(common, "load_images",
+                        lambda args, device, train=True: common.Images(x, y, "black and white"))
+    run(tmp_path, digits_dir, "--loss", name, "--steps", "60")
+    black, white = torch.load(tmp_path / f"samples_{name}.pt").float().unflatten(0, (-1, 2)).mean(
+        (0, 2, 3, 4))
+    assert white > black + 60
+
+
+def test_a_d_that_ends_in_a_sigmoid_is_named_in_the_run(tmp_path, digits_dir, monkeypatch, capsys):
+    """It says 1 to data and 0 to the last eight, the fakes: probabilities where logits are due."""
+    build = losses.nets
+
+    def sure(*setting):
+        G, D = build(*setting)
+        D.forward = lambda x, y: ((torch.arange(len(x)) < len(x) - 8) + 0 * x.mean((1, 2, 3))
+                                  + 0 * sum(p.sum() for p in D.parameters()), None)
+        return G, D
+    monkeypatch.setattr(losses, "nets", sure)
+    run(tmp_path, digits_dir, "--loss", "nonsaturating", "--steps", "4")
+    assert "twice" in capsys.readouterr().out
+    row = list(csv.DictReader((tmp_path / "log.csv").open()))[-1]
+    assert float(row["D(x)"]) > 0.7 and float(row["D(G(z))"]) == 0.5
+
+
 def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
     """3 D steps and 2 G steps for each of 6 steps."""
     steps = []
@@ -463,7 +559,7 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
     ("wgan", {"clip": False}), ("wgan", {"dropout": 0.3}), ("ebgan", {"pull_away": ()}),
     ("dragan", {"penalty": None}), ("acgan", {"labels": "condition"}), ("lsgan", {"eps": 0.1}),
     ("infogan", {"labels": "guess"}), ("began", {"pull_away": (2.5, 2.5)}),
-    ("wgan-gp", {"d_steps": 1}), ("minimax", {"share": 0.5})])
+    ("wgan-gp", {"d_steps": 1}), ("wgan-gp", {"penalty": None}), ("minimax", {"share": 0.5})])
 def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, monkeypatch, name,
                                                         column):
     flags = ["--loss", name, "--steps", "2"]
@@ -487,6 +583,15 @@ def test_wgan_keeps_its_weights_in_the_box(tmp_path, digits_dir):
     run(tmp_path, digits_dir, "--loss", "wgan", "--steps", "2")
     D = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["D"]
     assert max(p.abs().max().item() for p in D.values()) == pytest.approx(losses.CLIP)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("name", ["wgan-gp", "infogan"])
+def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, monkeypatch, name):
+    """create_graph keeps graphs alive in cycles if several terms are differentiated apart."""
+    alive = tensors_alive(monkeypatch)
+    run(tmp_path, digits_dir, "--loss", name, "--steps", "6")
+    assert len(alive) >= 6 and max(alive[3:]) <= alive[2]
 
 
 def test_flipped_labels_teach_g_the_same_as_ordinary_ones(tmp_path, digits_dir, monkeypatch):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import common
-from harness import folder_of_pictures, killed_after, one_line, results, same
+from harness import folder_of_pictures, killed_after, one_line, results, same, tensors_alive
 from strategies import generator, normal, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
@@ -31,8 +31,8 @@ def smooth_nets(seed):
     return G, D
 
 
-def linear_unrolled_value(x, x_fake, w, b, k, eta):
-    """Oracle, by hand: f after k ascent steps of the linear D(x) = w.x + b, in closed form.
+def linear_unrolled_value(x, x_fake, w, b, k, eta, saturating):
+    """Oracle, by hand: G's loss after k ascent steps of the linear D(x) = w.x + b, in closed form.
 
     ∂f/∂w = mean (1 - σ(D(x))) x - mean σ(D(x')) x', likewise for b with x = 1.
     """
@@ -41,17 +41,19 @@ def linear_unrolled_value(x, x_fake, w, b, k, eta):
         pull, push = 1 - sigma(x @ w + b), sigma(x_fake @ w + b)
         w, b = (w + eta * ((pull[:, None] * x).mean(0) - (push[:, None] * x_fake).mean(0)),
                 b + eta * (pull.mean() - push.mean()))
+    if not saturating:
+        return -sigma(x_fake @ w + b).log().mean()
     return sigma(x @ w + b).log().mean() + (1 - sigma(x_fake @ w + b)).log().mean()
 
 
-@given(seeds(), st.integers(0, 6), st.floats(0.01, 1.0))
-def test_unrolled_value_equals_the_closed_form_of_a_linear_discriminator(seed, k, eta):
+@given(seeds(), st.integers(0, 6), st.floats(0.01, 1.0), st.booleans())
+def test_unrolled_value_equals_the_closed_form_of_a_linear_discriminator(seed, k, eta, saturating):
     torch.manual_seed(seed)
     D = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)).double()
     x, x_fake = normal(seed, 2, 6, 2)
     w, b = D[0].weight[0].detach(), D[0].bias[0].detach()
-    expected = linear_unrolled_value(x, x_fake, w, b, k, eta)
-    got = unrolled.unrolled_loss_g(D, x, x_fake.requires_grad_(), k, eta)
+    expected = linear_unrolled_value(x, x_fake, w, b, k, eta, saturating)
+    got = unrolled.unrolled_loss_g(D, x, x_fake.requires_grad_(), k, eta, saturating=saturating)
     # about 100 roundings a step of numbers near 1; 1e4 eps leaves room for the logs' cancellation
     assert_close(got, expected, rtol=0, atol=1e4 * EPS * (k + 1))
 
@@ -67,7 +69,7 @@ def central_differences(f, x, eps=1e-6):
     return gradient
 
 
-def gradients(seed, k, eta, exact):
+def gradients(seed, k, eta, exact, saturating=True):
     """The gradient for G's last layer: the chapter's, and finite differences through k steps."""
     G, D = smooth_nets(seed)
     x, z = normal(seed, 6, 2), normal(seed + 1, 6, 3)
@@ -75,15 +77,15 @@ def gradients(seed, k, eta, exact):
 
     def loss(w):
         x_fake = G[1](G[0](z)) @ w.T + G[2].bias
-        return unrolled.unrolled_loss_g(D, x, x_fake, k, eta, exact)
+        return unrolled.unrolled_loss_g(D, x, x_fake, k, eta, exact, saturating)
     got = torch.autograd.grad(loss(weight), weight)[0]
     return got, central_differences(lambda w: loss(w).item(), weight.detach())
 
 
-@given(seeds(), st.integers(0, 5), st.floats(0.1, 1.0))
-def test_exact_gradient_is_the_finite_difference_through_all_steps(seed, k, eta):
+@given(seeds(), st.integers(0, 5), st.floats(0.1, 1.0), st.booleans())
+def test_exact_gradient_is_the_finite_difference_through_all_steps(seed, k, eta, saturating):
     """Truncation eps² = 1e-12 and rounding EPS / eps = 2e-10, times derivatives up to 10."""
-    got, expected = gradients(seed, k, eta, exact=True)
+    got, expected = gradients(seed, k, eta, True, saturating)
     assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -170,6 +172,16 @@ def test_image_nets_fit_any_channels_and_size(c, side, batch):
     assert x.shape == (batch, c, side, side) and x.abs().max() <= 1 and D(x).shape == (batch,)
 
 
+@pytest.mark.parametrize("nets, shape", [(lambda: unrolled.plane_nets(3), (2,)),
+                                         (lambda: unrolled.image_nets(3, 1, 8, 8), (1, 8, 8))])
+def test_d_returns_logits(nets, shape):
+    """A sigmoid at its end would be a second one."""
+    _, D = nets()
+    D[-2].weight.data.mul_(1e4)
+    score = D(torch.randn(8, *shape))
+    assert score.min() < 0 or score.max() > 1
+
+
 # --- measures ----------------------------------------------------------------------------------
 
 @given(st.lists(st.integers(0, 50), min_size=8, max_size=8), seeds())
@@ -225,6 +237,56 @@ def straight(tmp_path_factory):
 def test_same_seed_same_numbers_other_seed_others(tmp_path, straight):
     assert same(run(tmp_path / "a"), straight)
     assert not same(run(tmp_path / "b", "--seed", "1"), straight)
+
+
+def test_steps_of_both_players_are_counted(tmp_path, monkeypatch):
+    """2 G steps and 3 D steps for each of 12 steps, for both k."""
+    steps, original = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda opt, *a: (
+        steps.append(sum(p.numel() for g in opt.param_groups for p in g["params"])),
+        original(opt, *a))[1])
+    run(tmp_path, "--g-steps", "2", "--d-steps", "3")
+    of_g, of_d = (sum(p.numel() for p in net.parameters()) for net in unrolled.plane_nets(16))
+    assert steps == 2 * 12 * ([of_g] * 2 + [of_d] * 3)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("flags", [["--method", "rollback"], ["--eta", "0.2"]])
+def test_what_concerns_unrolling_changes_the_unrolled_gan_alone(tmp_path, straight, flags):
+    other = run(tmp_path, *flags)
+    assert torch.equal(other["samples_k0.pt"], straight["samples_k0.pt"])
+    assert not torch.equal(other["samples_k2.pt"], straight["samples_k2.pt"])
+    assert not torch.equal(straight["samples_k0.pt"], straight["samples_k2.pt"])
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+def test_the_batch_reaches_the_training(tmp_path, straight):
+    assert not same(run(tmp_path, "--batch", "100"), straight)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
+    """Each G step keeps the graphs of k steps of D, and drops them; step 6 keeps a snapshot."""
+    alive = tensors_alive(monkeypatch)
+    run(tmp_path, "-k", "2")
+    assert len(alive) == 12 and max(alive[8:]) <= alive[7]
+
+
+def test_the_kept_weights_draw_the_samples(tmp_path):
+    samples = run(tmp_path)["samples_k2.pt"]
+    torch.manual_seed(0)
+    G, _ = unrolled.plane_nets(16)
+    z = torch.randn(len(samples), 16)
+    G.load_state_dict(torch.load(tmp_path / "weights_k2.pt"))
+    assert torch.equal(unrolled.generate(G, z), samples)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+def test_g_goes_where_the_data_are(tmp_path, monkeypatch):
+    """All data at (2, 0): with the right signs both G's points, around 0 at the start, go there."""
+    monkeypatch.setattr(common, "gaussian_mixture", lambda centres, std, n: centres[:1].expand(n, 2))
+    for samples in (part for name, part in run(tmp_path, "--steps", "100").items() if "k" in name):
+        assert samples[:, 0].mean() > 1 and samples[:, 1].mean().abs() < 0.5
 
 
 @pytest.mark.parametrize("deaths", [[1], [7], [12], [13], [20], [3, 5, 11]])

@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import common
-from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
+                     same)
 from strategies import generator, normal, seeds
 
 inversion = importlib.import_module("04_inversion")
@@ -232,6 +233,14 @@ def test_a_run_killed_in_either_half_resumes_to_the_same_bits(tmp_path, digits_d
             run(tmp_path / "killed", digits_dir, "--resume")
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
     assert tables(capsys) == table
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch):
+    """All data white: with the right signs G's pictures, grey at the start, become lighter."""
+    all_white(monkeypatch)
+    run(tmp_path, digits_dir, "--steps", "40")
+    assert torch.load(tmp_path / "samples.pt").float().mean() > 160
 
 
 def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, capsys,

@@ -1,5 +1,6 @@
 """Chapter 05: restoration against ridge regression, masks of the stated shape, hidden is hidden."""
 
+import argparse
 import importlib
 import math
 
@@ -12,7 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import common
-from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
+                     same)
 from strategies import generator, normal, seeds
 
 restoration = importlib.import_module("05_restoration")
@@ -347,6 +349,14 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, digits_dir, capsys):
     assert tables(capsys) == table
 
 
+@pytest.mark.usefixtures("no_checkpoints")
+def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch):
+    """All data white: with the right signs G's pictures, grey at the start, become lighter."""
+    all_white(monkeypatch)
+    run(tmp_path, digits_dir, "--steps", "40")
+    assert torch.load(tmp_path / "samples.pt").float().mean() > 160
+
+
 def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, capsys,
                                                                monkeypatch):
     fresh = run(tmp_path / "a", digits_dir)
@@ -384,6 +394,32 @@ def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
         one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
 
 
+def test_what_was_seen_stays_and_blind_does_not_know_the_mask(monkeypatch):
+    """A G that draws 7 everywhere: the known mask pastes it into the holes, blind over all."""
+    asked = []
+    monkeypatch.setattr(restoration, "repair", lambda args, G, pool, y, mask, lam, label: (
+        asked.append(mask), torch.full_like(y, 7))[1])
+    y, mask = torch.rand(2, 1, 6, 6), torch.ones(2, 1, 6, 6)
+    mask[:, :, 2:4] = 0
+    made = restoration.repair_by_all(argparse.Namespace(lam=1), None, None, y, mask, "")
+    assert torch.equal(made["known mask"], torch.where(mask == 1, y, 7.0))
+    assert (made["blind"] == 7).all() and torch.equal(made["nothing"], y)
+    assert asked[0].all() and torch.equal(asked[1], mask)
+
+
+def test_the_first_table_is_of_hidden_pixels_alone(monkeypatch):
+    """Half of x is hidden and drawn 0.5 too dark: 10 log10(4 / 0.25) dB there, 3 dB more in all."""
+    monkeypatch.setattr(restoration, "repair", lambda args, G, pool, y, mask, *_: y)
+    x = torch.full((3, 1, 4, 4), -0.5)
+    half = torch.ones(3, 1, 4, 4)
+    half[:, :, :2] = 0
+    numbers = restoration.mask_study(argparse.Namespace(seed=0, lam=1), None, None, x,
+                                     {"half": lambda n, side, rng: half})["half"]
+    assert numbers["hidden"] == 0.5
+    assert numbers["psnr hidden"]["known mask"] == pytest.approx(10 * math.log10(4 / 0.25))
+    assert numbers["psnr all"]["known mask"] == pytest.approx(10 * math.log10(8 / 0.25))
+
+
 @pytest.mark.usefixtures("no_checkpoints")
 def test_options_change_what_they_should(tmp_path, digits_dir, capsys, monkeypatch):
     run(tmp_path, digits_dir)
@@ -402,7 +438,7 @@ def test_ones_own_mask_and_picture(tmp_path, digits_dir, capsys):
     mask = scribble(tmp_path / "m.png", (28, 28), (10, 10, 15, 18))
     run(tmp_path, digits_dir, "--mask", str(mask))
     rows = tables(capsys)
-    assert [row[0] for row in rows[-4:]] == ["psnr", "mask", "psnr", "mask"]
+    assert [row[0] for row in rows[-4:]] == ["drawn", "mask", "psnr", "mask"]
     assert rows[-3][1] == f"{40 / 784:.3f}"
     image = photo(tmp_path / "a.png")
     mask = scribble(tmp_path / "n.png", (120, 90), (48, 40, 58, 54))

@@ -237,6 +237,16 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_the_kept_weights_draw_the_samples(tmp_path, digits_dir):
+    samples = run(tmp_path, digits_dir, "--models", "mmd")["samples_mmd.pt"]
+    torch.manual_seed(0)
+    z = torch.randn(len(samples), 16)
+    net = wae.Autoencoder(1, 28, 16)
+    net.load_state_dict(torch.load(tmp_path / "weights_mmd.pt"))
+    assert torch.equal(common.to_uint8(wae.in_parts(net.eval().decode, z)), samples)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
     short = ["--models", "moments"]
     plain = run(tmp_path / "plain", digits_dir, *short)

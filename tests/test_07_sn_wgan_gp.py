@@ -1,6 +1,5 @@
 """Chapter 07: spectral norm against the SVD, scores against closed forms, a kill loses nothing."""
 
-import gc
 import importlib
 import math
 import re
@@ -16,7 +15,8 @@ from torch.testing import assert_close
 from torchvision.models import inception_v3
 
 import common
-from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
+from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
+                     same, tensors_alive)
 from strategies import generator, normal, seeds
 
 gan = importlib.import_module("07_sn_wgan_gp")
@@ -200,7 +200,7 @@ def test_two_passes_before_one_backward():
 @pytest.mark.parametrize("sn", [False, True])
 def test_a_score_depends_on_its_own_picture_alone(sn):
     torch.manual_seed(0)
-    D = gan.discriminator(1, 28, sn).eval().double()
+    D = gan.discriminator(1, 28, sn).double().train(not sn)  # in training, u moves with each pass
     x = normal(0, 3, 1, 28, 28)
     other = torch.cat([x[:1], normal(1, 2, 1, 28, 28)])
     assert_close(D(x)[0], D(other)[0], rtol=1e4 * EPS, atol=1e4 * EPS)  # sums of 3,136 terms
@@ -418,6 +418,13 @@ def test_frechet_distance_is_symmetric_zero_for_equal_and_blind_to_a_common_moti
     assert_close(gan.frechet_distance(a, a), 0.0, rtol=0, atol=1e-6 * d)
 
 
+@given(seeds())
+def test_frechet_distance_reckons_in_float64(seed):
+    """Features come in float32, and differences of large means would be lost there."""
+    a, b = (normal(seed + i, 9, 3).float() + 100 for i in range(2))
+    assert gan.frechet_distance(a, b) == gan.frechet_distance(a.double(), b.double())
+
+
 def test_frechet_distance_refuses_too_few_rows_and_other_features():
     for a, b in ((torch.zeros(4, 4), torch.zeros(5, 4)), (torch.zeros(5, 4), torch.zeros(4, 4)),
                  (torch.zeros(9, 4), torch.zeros(9, 3))):
@@ -572,11 +579,19 @@ def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, kept, monkeypatc
 
     Trained the wrong way round they would become darker.
     """
-    white = common.Images(torch.full((70, 1, 28, 28), 255, dtype=torch.uint8),
-                          torch.arange(70) % 10, "white")
-    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: white)
+    all_white(monkeypatch)
     run(tmp_path, digits_dir, tmp_path / "none", "--models", name, "--steps", "60")
     assert torch.load(tmp_path / f"samples_{name}.pt").float().mean() > 160
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+def test_the_kept_weights_draw_the_samples(tmp_path, digits_dir, kept):
+    samples = run(tmp_path, digits_dir, kept, "--models", "sn")["samples_sn.pt"]
+    torch.manual_seed(0)
+    z = torch.randn(len(samples), gan.Z)
+    G = gan.generator(1, 28)
+    G.load_state_dict(torch.load(tmp_path / "weights_sn.pt"))
+    assert torch.equal(gan.generate(G, z), samples)
 
 
 def checkpoint(out):
@@ -634,13 +649,7 @@ def test_the_weight_of_the_penalty_reaches_the_training(tmp_path, digits_dir, ke
 
 def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, monkeypatch):
     """create_graph keeps graphs alive in cycles if several terms are differentiated apart."""
-    alive = []
-
-    def count(step, **losses):
-        gc.collect()
-        alive.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-
-    monkeypatch.setattr(common, "check_finite", count)
+    alive = tensors_alive(monkeypatch)
     run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "16")
     assert len(alive) == 8 and max(alive[3:]) <= alive[2]
 
@@ -666,7 +675,7 @@ def rows(capsys):
     """The last table printed: its rows by their first cell, as dicts by column."""
     lines = capsys.readouterr().out.splitlines()
     head = max(i for i, line in enumerate(lines) if "digit FID" in line)
-    names = lines[head].replace("digit ", "").split()
+    _, *names = re.split(r"  +", lines[head].replace("digit FID", "FID").replace("digit IS", "IS"))
     found = {}
     for line in lines[head + 1:]:
         label, *cells = re.split(r"  +", line.strip())

@@ -5,6 +5,7 @@ Rounding: a sum of n products is off by at most n EPS Σ |terms| (Higham 2002, s
 of the two computations that are compared.
 """
 
+import cmath
 import importlib
 import itertools
 import math
@@ -477,13 +478,23 @@ def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
     close(theory.wasserstein_1d(x, y), cheapest, 4 * n * EPS * (x.abs() + y.abs()).max())
 
 
-@given(st.floats(0.001, 0.5), st.integers(0, 8), st.booleans())
-def test_determinants_of_the_bilinear_game(eta, k, exact):
-    """Exact 1 - (2k - 1) η², rollback 1 - (k - 1) η²: 1 + η² at k = 0; 1 if y sees the new x."""
-    expected = 1 - ((2 * k - 1 if exact else k - 1) * eta ** 2)
-    got = theory.bilinear_determinant(eta, k, exact)
-    assert_close(got, expected, rtol=0, atol=20 * (1 + k) * EPS)
-    assert_close(theory.bilinear_determinant(eta, alternating=True), 1.0, rtol=0, atol=20 * EPS)
+def largest_root(trace, determinant):
+    """Modulus of the larger root of λ² - trace λ + determinant."""
+    root = cmath.sqrt(trace ** 2 / 4 - determinant)
+    return max(abs(trace / 2 + root), abs(trace / 2 - root))
+
+
+@given(st.floats(0.001, 3), st.integers(0, 8))
+def test_growth_in_the_bilinear_game(eta, k):
+    """From the steps written out; alternating steps, too, run away once η > 2."""
+    square = eta ** 2
+    for expected, got in (
+            (largest_root(2 - 2 * k * square, 1 - (2 * k - 1) * square),
+             theory.bilinear_growth(eta, k)),
+            (largest_root(2 - k * square, 1 - (k - 1) * square),
+             theory.bilinear_growth(eta, k, exact=False)),
+            (largest_root(2 - square, 1), theory.bilinear_growth(eta, alternating=True))):
+        assert_close(got, expected, rtol=1e-6, atol=0)  # √EPS and more where two roots meet
 
 
 @given(seeds(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50))

@@ -35,6 +35,7 @@ def test_quick_run(script, beside):
     written = re.findall(r"^wrote (.+)$", run.stdout, re.MULTILINE)
     assert written and all((folder / path).stat().st_size > 0 for path in written)
     assert not any(Path(path).is_absolute() for path in written)
+    assert script[:2] == "08" or re.search("^(drawn digits|ring)(:|  )", run.stdout, re.MULTILINE)
     out = folder / "out" / script[:-3]
     assert out.is_dir() and not list(out.glob("*.tmp"))
     if (log := out / "log.csv").exists():
@@ -88,6 +89,15 @@ def test_what_chapters_repeat_they_repeat_to_the_letter(name, scripts):
     """A reader of two of them meets what is new; a bug is mended in both."""
     first, *others = (code_of(script, name) for script in scripts.split())
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_batch_norm_keeps_its_eps(script):
+    """BatchNorm2d(n, 0.8), seen elsewhere, was meant as a momentum and is an eps of 0.8."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / script).read_text()))
+             if isinstance(node, ast.Call) and "BatchNorm" in ast.unparse(node.func)]
+    assert all(len(call.args) == 1 and not {k.arg for k in call.keywords} & {"eps", "momentum"}
+               for call in calls)
 
 
 @pytest.mark.parametrize("script", ["common.py", *SCRIPTS])
