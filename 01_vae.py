@@ -18,7 +18,7 @@ See      pictures.png: reconstructions, one picture encoded five times, samples,
          a tenth of 0.001 gives sharp reconstructions (mse 0.016), ten times a grey blot for all
          (0.065, KL 0.01); without the KL term they are sharp (0.015), but samples are all alike:
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
-Time     3.5 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
+Time     4 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
 Differs  convolutions with batch norm for the papers' perceptrons; the rate falls along a cosine;
          Burda et al. measure with k = 5,000. Batches are drawn to 0 or 1 anew, as there.
 Run      python 01_vae.py

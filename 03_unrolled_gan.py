@@ -13,7 +13,7 @@ See      process.png: training from left to right, k = 0 above k = 5, with D's l
          Measured, seeds 0 to 4: 0 or 1 modes and below 1 % good at k = 0, 8 modes and 91 to 94 % at
          k = 5, with --method rollback 8 and 90 to 93 %: here it is enough to meet the D of later,
          without the gradient through it. What misses are the bridges: G is continuous.
-Time     113 to 145 s on 2 CPU cores; --data grid 182 s, --data mnist 203 s; --quick 11 to 22 s.
+Time     113 to 154 s on 2 CPU cores; --data grid 182 s, --data mnist 203 s; --quick 11 to 22 s.
 Differs  plain gradient steps inside the unroll and Adam outside; rates of 3e-3 and 1e-3 that fall
          along a cosine, z of 16, batches of 128 (1e-4, 256, 512 there); D has one hidden layer of
          512; on pictures G uses the non-saturating loss at the same θ_D^k.

@@ -18,7 +18,7 @@ See      samples.png; scores.png: both scores and D's slope while training; trun
          apart: where nothing breaks, nothing is to be stabilised. With 20 steps of D to one of G
          (--full) it matters: vanilla collapses (319), sn has 162, wgan-gp 129. Truncated z do not
          help this G: FID only grows (within 2: 76, 1: 120, 0.5: 271).
-Time     4.3 min on 2 CPU cores; --full 68 min on one core; --quick 13 to 23 s.
+Time     3.5 to 4.3 min on 2 CPU cores; --full 68 min on one core; --quick 13 to 23 s.
 Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0, one step of D to one of
          G; Arjovsky: RMSprop 5e-5, Gulrajani: Adam 1e-4, both five. No dropout in D, as 02 has.
          "digit" scores come from 64 features of a small classifier: no published ones compare.
