@@ -14,10 +14,10 @@ See      samples.png; scores.png: both scores and D's slope while training; trun
          of a classifier of the digits, KL of its classes to uniform, distance to the data, slope of
          D, and the step whose FID was best: the last, 600, but for wgan-gp (540) and wgan (480).
          On MNIST, FID and slope: vanilla 70, 0.8; sn 75, 0.2; wgan-gp 81, 1.0; wgan-sn 104, 0.4;
-         wgan 112, 0.002; real pictures 1.9, noise 542. One seed does not tell the first three
-         apart: where nothing breaks, nothing is to be stabilised. With 20 steps of D to one of G
-         (--full) it matters: vanilla collapses (319), sn has 162, wgan-gp 129. Truncated z do not
-         help this G: FID only grows (within 2: 76, 1: 120, 0.5: 271).
+         wgan 112, 0.002; real pictures 1.9, noise 542. Seeds 0 to 2, by one classifier: 70 ± 3,
+         79 ± 4, 79 ± 2, 106 ± 10, 116 ± 6: where nothing breaks, nothing is to be stabilised. With
+         20 steps of D to one of G (--full) it matters: vanilla collapses (319), sn has 162, wgan-gp
+         129. Truncated z do not help this G: FID only grows (within 2: 76, 1: 120, 0.5: 271).
 Time     3.5 to 4.3 min on 2 CPU cores; --full 68 min on one core; --quick 13 to 23 s.
 Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0, one step of D to one of
          G; Arjovsky: RMSprop 5e-5, Gulrajani: Adam 1e-4, both five. No dropout in D, as 02 has.
