@@ -1,5 +1,6 @@
 """Settings of all tests: one thread, no surprise from time, the same examples on every CI run."""
 
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,6 +63,23 @@ def no_figures(request, monkeypatch):
 def no_checkpoints(monkeypatch):
     """None is written, which in a short run takes longer than the steps between two."""
     monkeypatch.setattr(common, "save_checkpoint", lambda *args, **state: None)
+
+
+@pytest.fixture
+def tensors_alive(monkeypatch):
+    """A list that grows by one number in each step of a GAN: how many tensors the test has made."""
+    alive = []
+
+    def count(step, **losses):
+        if "loss_g" in losses:
+            gc.collect()
+            alive.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+
+    monkeypatch.setattr(common, "check_finite", count)
+    gc.collect()
+    gc.freeze()  # what is there already is neither collected nor listed, which takes 0.2 s a time
+    yield alive
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Ways to interrupt a chapter, to compare what it left, and to see it refuse bad input."""
 
 import contextlib
-import gc
 from unittest import mock
 
 import pytest
@@ -57,19 +56,6 @@ def one_line(capsys, run, *words, status=2):
     assert stop.value.code == status and error.count("\n") == 1
     for word in words:
         assert word in error
-
-
-def tensors_alive(monkeypatch):
-    """A list that grows by one number in each step of a GAN: how many tensors there are."""
-    alive = []
-
-    def count(step, **losses):
-        if "loss_g" in losses:
-            gc.collect()
-            alive.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-
-    monkeypatch.setattr(common, "check_finite", count)
-    return alive
 
 
 def all_white(monkeypatch):

@@ -262,7 +262,7 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
     monkeypatch.setattr(vae, "STUDY", 1.0)
     straight = run(tmp_path / "straight", digits_dir)
     assert sorted(straight) == ["log.csv", "samples.pt"]
-    for death in (2, 3, 4):
+    for death in (2, 4):
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, "--resume")
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import common
 from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
-                     same, tensors_alive)
+                     same)
 from strategies import generator, normal, seeds
 
 losses = importlib.import_module("02_gan_losses")
@@ -444,13 +444,12 @@ def run(out, digits_dir, *flags):
     return results(out)
 
 
-@pytest.mark.draws
 def test_all_methods_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digits_dir):
     """All rows of the table, one after the other; noise and schedule resume too."""
     flags = ["--loss", "all", "--steps", "3", "--input-noise", "0.1", "--d-schedule", "cyclic"]
     straight = run(tmp_path / "straight", digits_dir, *flags)
     assert len(straight) == len(losses.METHODS) + 1
-    for death in (2, 10, 4, 12, 4):
+    for death in (2, 13, 4):
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, "--resume", *flags)
     assert same(run(tmp_path / "killed", digits_dir, "--resume", *flags), straight)
@@ -488,7 +487,7 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
 def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch, name):
     """All data white: with the right signs G's pictures, grey (127) at the start, become lighter."""
     all_white(monkeypatch)
-    run(tmp_path, digits_dir, "--loss", name, "--steps", "40")
+    run(tmp_path, digits_dir, "--loss", name, "--steps", "45" if name == "began" else "25")
     assert torch.load(tmp_path / f"samples_{name}.pt").float().mean() > 138
 
 
@@ -587,11 +586,10 @@ def test_wgan_keeps_its_weights_in_the_box(tmp_path, digits_dir):
 
 @pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name", ["wgan-gp", "infogan"])
-def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, monkeypatch, name):
+def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, tensors_alive, name):
     """create_graph keeps graphs alive in cycles if several terms are differentiated apart."""
-    alive = tensors_alive(monkeypatch)
     run(tmp_path, digits_dir, "--loss", name, "--steps", "6")
-    assert len(alive) >= 6 and max(alive[3:]) <= alive[2]
+    assert len(tensors_alive) >= 6 and max(tensors_alive[3:]) <= tensors_alive[2]
 
 
 def test_flipped_labels_teach_g_the_same_as_ordinary_ones(tmp_path, digits_dir, monkeypatch):

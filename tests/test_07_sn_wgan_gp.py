@@ -16,7 +16,7 @@ from torchvision.models import inception_v3
 
 import common
 from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
-                     same, tensors_alive)
+                     same)
 from strategies import generator, normal, seeds
 
 gan = importlib.import_module("07_sn_wgan_gp")
@@ -647,11 +647,10 @@ def test_the_weight_of_the_penalty_reaches_the_training(tmp_path, digits_dir, ke
     assert not same(run(tmp_path, digits_dir, kept, "--models", "wgan-gp"), plain)
 
 
-def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, monkeypatch):
+def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, tensors_alive):
     """create_graph keeps graphs alive in cycles if several terms are differentiated apart."""
-    alive = tensors_alive(monkeypatch)
     run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "16")
-    assert len(alive) == 8 and max(alive[3:]) <= alive[2]
+    assert len(tensors_alive) == 8 and max(tensors_alive[3:]) <= tensors_alive[2]
 
 
 @pytest.mark.draws
