@@ -18,7 +18,7 @@ See      pictures.png: reconstructions, one picture encoded five times, samples,
          a tenth of 0.001 gives sharp reconstructions (mse 0.016), ten times a grey blot for all
          (0.065, KL 0.01); without the KL term they are sharp (0.015), but samples are all alike:
          the codes have a spread of 4, so N(0, I) is a small place in their midst.
-Time     4 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 17 to 28 s.
+Time     4 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 14 to 28 s.
 Differs  convolutions with batch norm for the papers' perceptrons; the rate falls along a cosine;
          Burda et al. measure with k = 5,000. Batches are drawn to 0 or 1 anew, as there.
 Run      python 01_vae.py
@@ -227,8 +227,8 @@ def nearest_distance(x, images):
 # --- train -------------------------------------------------------------------------------------
 
 def train(args, name, model, images, test, device, saved, done):
-    """Trains one model; returns its log, numbers and pictures, and writes weights_{name}.pt; the vae
-    also writes samples.pt.
+    """Trains one model; returns its log, numbers and pictures, and writes weights_{name}.pt; of the
+    vae samples.pt, too.
 
     saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
     """

@@ -10,10 +10,10 @@ Idea     D climbs E log D(x) + E log(1 - D(G(z)))                               
          The table METHODS says which two losses, which penalty and which labels make a method.
 See      samples.png: every loss from the same z; saturation.png: which slope reaches G, and three
          generators whose D is far ahead: minimax freezes; curves.png, log.csv, samples_{loss}.pt,
-         weights_{loss}.pt (of G). Printed: classes by nearest training picture, their KL to uniform in nats, labels obeyed,
-         and what a frozen log means. On MNIST: 10 classes, KL 0.002 to 0.07 (began: 0.16); acgan
-         obeys 95 % of the labels, cgan 90 % (97 % by a classifier), infogan's code agrees with the
-         digit for 83 %.
+         weights_{loss}.pt (of G). Printed: classes by nearest training picture, their KL to uniform
+         in nats, labels obeyed, and what a frozen log means. On MNIST: 10 classes, KL 0.002 to 0.07
+         (began: 0.16); acgan obeys 95 % of the labels, cgan 90 % (97 % by a classifier), infogan's
+         code agrees with the digit for 83 %.
 Time     4.4 min on 2 CPU cores; --loss all 22 min.
 Differs  no batch norm in D; Adam with beta1 = 0 for all; wgan and wgan-gp make 3 and 2 steps of D,
          not 5; rates fall along a cosine; cgan's D adds its guess of the label to the score

@@ -15,7 +15,7 @@ See      inversion.png: targets above what was found; starts.png: the error of e
          of what random starts leave is the search's fault, not G's: with 240 steps each they find
          98 of the 200, and have 0.013 on test digits. The hybrid's z has norm 9.4, draws of N(0, I)
          have 8.0: G is made to draw what it hardly ever would.
-Time     3 to 4.5 min on 2 CPU cores, 1.2 min with the kept generator.
+Time     3 to 4.5 min on 2 CPU cores, 1.6 min with the kept generator.
 Differs  Adam with beta2 = 0.9 for z; the generator is chapter 02's nonsaturating, 1,000 steps.
 Run      python 04_inversion.py
          python 04_inversion.py --starts 5 --invert-steps 200

@@ -275,7 +275,7 @@ def check_dropout_place():
     x, m = normal(100), (torch.rand(100) < 0.5).double()
     relu, sigmoid = ((f(x * m) - f(x) * m).abs().max().item() for f in (torch.relu, torch.sigmoid))
     return Outcome("order matters", f"ReLU {relu:g}, sigmoid {sigmoid:g}",
-                   not relu == 0 < sigmoid)
+                   not (relu == 0 and sigmoid > 0))
 
 
 def pair(value):
@@ -933,7 +933,8 @@ def check_grad_norm_noise():
     points = torch.tensor(list(itertools.product(THREE_POINTS, repeat=2)), dtype=torch.float64)
     weights = torch.tensor(THREE_WEIGHTS, dtype=torch.float64)
     weights = (weights[:, None] * weights).flatten()
-    traces = [2 * gradient(D, x).pow(2).sum(), torch.autograd.functional.hessian(softplus, x).trace()]
+    traces = [2 * gradient(D, x).pow(2).sum(),
+              torch.autograd.functional.hessian(softplus, x).trace()]
     ratios = []
     for loss, trace in zip((squared, softplus), traces):
         rest = [(weights @ loss(x + s * points) - loss(x) - s ** 2 / 2 * trace).item()

@@ -485,7 +485,7 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
 @pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name", ["minimax", "nonsaturating", "lsgan", "wgan", "ebgan", "began"])
 def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch, name):
-    """All data white: with the right signs G's pictures, grey (127) at the start, become lighter."""
+    """All data white: with the right signs G's pictures, grey (127) at first, become lighter."""
     all_white(monkeypatch)
     run(tmp_path, digits_dir, "--loss", name, "--steps", "45" if name == "began" else "25")
     assert torch.load(tmp_path / f"samples_{name}.pt").float().mean() > 138

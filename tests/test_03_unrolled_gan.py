@@ -283,7 +283,8 @@ def test_the_kept_weights_draw_the_samples(tmp_path):
 @pytest.mark.usefixtures("no_checkpoints")
 def test_g_goes_where_the_data_are(tmp_path, monkeypatch):
     """All data at (2, 0): with the right signs both G's points, around 0 at the start, go there."""
-    monkeypatch.setattr(common, "gaussian_mixture", lambda centres, std, n: centres[:1].expand(n, 2))
+    monkeypatch.setattr(common, "gaussian_mixture",
+                        lambda centres, std, n: centres[:1].expand(n, 2))
     for samples in (part for name, part in run(tmp_path, "--steps", "100").items() if "k" in name):
         assert samples[:, 0].mean() > 1 and samples[:, 1].mean().abs() < 0.5
 
