@@ -1,30 +1,20 @@
 r"""01 - VAE: a bound of log p(x) that a pair of networks can climb.
 
-Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015, arXiv:1509.00519 (the bound with
-         k samples).
-Idea     q(z|x) = N(mu(x), σ²(x)),  z = mu + σ u,  u ~ N(0, I)                   -> reparameterise()
-         KL(q(z|x) ‖ N(0, I)) = ½ Σ (σ² + mu² - 1 - log σ²)                -> kl_standard_normal()
-         log p(x) >= E_q log p(x|z) - KL = ELBO: descend -ELBO                    -> negative_elbo()
-         or the course's loss, 2 of -ELBO for pixels of one variance, less a constant  -> vae_loss()
-         log p(x) >= E log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x), tight as k grows      -> iwae_bound()
-See      pictures.png: reconstructions, one picture encoded five times, samples, the way from one
-         code to another (--z-dim 2: the latent plane); study.png: what sigma^2 and the KL term do;
-         curves.png, study_curves.png, log.csv; samples.pt and weights_{model}.pt, to go on from.
-         Printed: test NLL by the bound with k = 100, -ELBO, KL in nats (those of gaussian models
-         are of densities, and compare with each other alone); error of reconstructions; spread of
-         the codes; distance to the data.
-         On binarised MNIST: NLL 87.8 nats (Burda et al.: 86.8), KL 26.9; by the second run line
-         83.6 (Burda et al., k = 50: 84.8; two layers of codes: 82.9). In the study sigma^2 of
-         a tenth of 0.001 gives sharp reconstructions (mse 0.016), ten times a grey blot for all
-         (0.065, KL 0.01); without the KL term they are sharp (0.015), but samples are all alike:
-         the codes have a spread of 4, so N(0, I) is a small place in their midst.
-Time     4 min on 2 CPU cores; the second line 70 to 100 min on one core; --quick 14 to 28 s.
-Differs  convolutions with batch norm for the papers' perceptrons; the rate falls along a cosine;
-         Burda et al. measure with k = 5,000. Batches are drawn to 0 or 1 anew, as there.
+Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015, arXiv:1509.00519
+Idea     q(z|x) = N(mu(x), σ²(x)),  z = mu + σ u,  u ~ N(0, I)  -> reparameterise()
+         KL(q(z|x) ‖ N(0, I)) = ½ Σ (σ² + mu² - 1 - log σ²) -> kl_standard_normal()
+         log p(x) >= E_q log p(x|z) - KL: its negative is the loss -> negative_elbo()
+         The course's loss is twice that, less a constant               -> vae_loss()
+         With k samples of z the bound comes nearer to log p(x)       -> iwae_bound()
+See      pictures.png: reconstructions, one picture encoded five times, samples, the
+         way from one code to another. study.png: what σ² and the KL term do.
+         Printed: the NLL of test pictures, which is 87.8 nats on MNIST.
+Differs  Convolutions with batch norm where the papers have perceptrons; the rate
+         falls along a cosine. Pixels are drawn to 0 or 1 anew in every batch, as
+         Burda et al. do, so that the NLL compares with theirs (86.8).
+Try      With --z-dim 2, do reconstructions or samples suffer more? Predict, run.
 Run      python 01_vae.py
-         python 01_vae.py --models vae -k 5 --batch 64 --lr 6e-3 --steps 30000 --k-test 1000
-         python 01_vae.py --data FACES --models vae --x-sigma2 3e-5 --z-dim 128 --steps 3000 \
-             --batch 40 --lr 3e-3
+         python 01_vae.py --models vae -k 5 --steps 6400
 """
 
 import math
@@ -38,7 +28,7 @@ import common
 
 HIDDEN = 512                     # width of the layer beside the code, both sides
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
-STUDY = 0.05                     # steps, and test pictures, of the last four: share of the vae's
+STUDY = 0.05                     # the last four take this share of the vae's steps and tests
 N_TEST = 1000                    # test pictures in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
 
@@ -152,27 +142,23 @@ class VAE(nn.Module):
 
 
 class Model(NamedTuple):
-    """One training: the likelihood, σ² of the course's loss, z's in the bound, the KL's weight."""
-    likelihood: str
-    x_sigma2: float
-    k: int = 1
-    kl_weight: float = 1.0
+    """What one training descends."""
+    likelihood: str              # of a pixel: "bernoulli" or "gaussian"
+    x_sigma2: float              # σ² of the course's loss, which has a gaussian likelihood
+    k: int = 1                   # samples of z in the bound
+    kl_weight: float = 1.0       # in the course's loss
     share: float = 1.0           # of --steps
 
 
-def models(args, grey):
-    """The model of the chapter, and a study of σ² and of the KL term beside it."""
-    likelihood = args.likelihood or ("bernoulli" if grey else "gaussian")
-    s2 = args.x_sigma2
-    known = {"vae": Model(likelihood, s2, args.k),
-             "low-sigma2": Model("gaussian", s2 / 10, share=STUDY),
-             "mid-sigma2": Model("gaussian", s2, share=STUDY),
-             "high-sigma2": Model("gaussian", s2 * 10, share=STUDY),
-             "no-kl": Model("gaussian", s2, kl_weight=0.0, share=STUDY)}
-    return {name: known[name] for name in args.models}
+def model_called(name, args, c):
+    """The VAE of the chapter, or one of the study of σ² and the KL term, for c colours."""
+    if name == "vae":
+        likelihood = args.likelihood or ("bernoulli" if c == 1 else "gaussian")
+        return Model(likelihood, args.x_sigma2, args.k)
+    x_sigma2 = {"low-sigma2": args.x_sigma2 / 10, "high-sigma2": args.x_sigma2 * 10}
+    return Model("gaussian", x_sigma2.get(name, args.x_sigma2),
+                 kl_weight=0.0 if name == "no-kl" else 1.0, share=STUDY)
 
-
-# --- measures ----------------------------------------------------------------------------------
 
 def log_likelihood(model, x, logits):
     """log p(x|z), nats, by the model's likelihood; Gaussian: variance σ² d_x, see vae_loss."""
@@ -181,14 +167,74 @@ def log_likelihood(model, x, logits):
     return log_gaussian(x, logits.sigmoid(), model.x_sigma2 * x[0].numel())
 
 
+def loss_of(model, x, logits, z, mu, logvar):
+    """The model's loss, mean over the batch: minus the bound with k samples, or the course's."""
+    if model.k > 1:
+        return -iwae_bound(log_likelihood(model, x, logits), z, mu, logvar).mean()
+    if model.likelihood == "bernoulli":
+        return negative_elbo(log_bernoulli(x, logits), mu, logvar).mean()
+    _, data_term, kl_term = vae_loss(x, logits[0].sigmoid(), mu, logvar, model.x_sigma2)
+    return data_term + model.kl_weight * kl_term
+
+
 def mirrored(x):
-    """Every second picture of the batch, by chance, from left to right: a face, but no digit."""
+    """Every second picture in colour, by chance, from left to right: a face may be, a digit not."""
+    if x.shape[1] == 1:
+        return x
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
 def seen(model, x):
     """The batch x in [0, 1] as the model sees it: for Bernoulli drawn anew to 0 or 1."""
     return torch.bernoulli(x) if model.likelihood == "bernoulli" else x
+
+
+# --- train -------------------------------------------------------------------------------------
+
+def train(run, args, model, images):
+    """Trains one model; returns its networks and the codes [n_samples, d_z] of its samples."""
+    torch.manual_seed(args.seed)
+    c, side = images.x.shape[1:3]
+    steps = max(1, round(args.steps * model.share))
+    z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
+    net = VAE(c, side, args.z_dim).to(run.device)
+    opt = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    batches = run.batches(images, args.batch)
+
+    for _ in run.steps(steps, net=net, opt=opt, rate=rate):
+        # x -> q(z|x) -> z -> p(x|z): descend -ELBO, or what the model has in its place
+        grey = (mirrored(next(batches)[0]) + 1) / 2
+        x = seen(model, grey)
+        mu, logvar = net.encode(x)
+        z = reparameterise(mu, logvar, torch.randn(model.k, *mu.shape, device=run.device))
+        logits = net.decode(z)
+        loss = loss_of(model, x, logits, z, mu, logvar)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        rate.step()
+        run.log(loss=loss, kl=kl_standard_normal(mu, logvar).mean(),
+                mse=F.mse_loss(logits[0].sigmoid(), grey))
+
+    return net.eval(), z_fixed
+
+
+# --- measures ----------------------------------------------------------------------------------
+
+def results(args, name, model, net, z_fixed, images, test):
+    """Numbers and pictures of a trained model; writes its weights, and the samples of the vae."""
+    torch.manual_seed(args.seed)  # the same binarised test pictures for every model
+    grey = (common.to_float(test.x[:args.n_test]) + 1) / 2
+    x, n = seen(model, grey), max(1, round(args.n_test * model.share))
+    samples = generate(net, z_fixed[:1000])
+    common.save(net.state_dict(), args.out / f"weights_{name}.pt")
+    if name == "vae":
+        common.save(common.to_uint8(generate(net, z_fixed)).cpu(), args.out / "samples.pt")
+    x_train = seen(model, (common.to_float(images.x[:32]) + 1) / 2)
+    return {"likelihood": model.likelihood, "pictures": pictures(net, x, x_train, samples),
+            **measure(net, model, grey[:n], x[:n], args.k_test),
+            "distance": nearest_distance(samples, images)}
 
 
 @torch.no_grad()
@@ -211,8 +257,9 @@ def measure(net, model, grey, x, k):
         mse.append(((net.decode(mu).sigmoid() - few_grey) ** 2).flatten(1).mean(dim=1))
         codes.append(z[0])
     numbers = {"nll": nll, "-elbo": elbo, "kl": kl, "mse": mse}
-    return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()} \
-        | {"spread": torch.cat(codes).var(dim=0, correction=0).mean().sqrt().item()}
+    spread = torch.cat(codes).var(dim=0, correction=0).mean().sqrt().item()
+    return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()} | {
+        "spread": spread}
 
 
 def nearest_distance(x, images):
@@ -222,76 +269,6 @@ def nearest_distance(x, images):
     """
     train = common.to_float(images.x[:10_000]).flatten(1)
     return (torch.cdist(x.flatten(1), train).amin(dim=1) / train.shape[1] ** 0.5).mean().item()
-
-
-# --- train -------------------------------------------------------------------------------------
-
-def train(args, name, model, images, test, device, saved, done):
-    """Trains one model; returns its log, numbers and pictures, and writes weights_{name}.pt; of the
-    vae samples.pt, too.
-
-    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
-    """
-    torch.manual_seed(args.seed)
-    c, side = images.x.shape[1:3]
-    steps = max(1, round(args.steps * model.share))
-    z_fixed = torch.randn(args.n_samples, args.z_dim).to(device)  # the same for every model
-    net = VAE(c, side, args.z_dim).to(device)
-    opt = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    parts = dict(net=net, opt=opt, rate=rate)
-
-    first, log = 0, []
-    if saved:
-        first, log = saved["step"], saved["log"]
-        common.restore(saved, parts)
-    batches = common.batches(images, args.batch, args.seed, first)
-    show = common.progress(name, steps, args.batch, first)
-
-    with common.ctrl_c() as pressed:
-        for step in range(first + 1, steps + 1):
-            # x -> q(z|x) -> z -> p(x|z): descend -ELBO, the course's loss, or the bound with k > 1
-            x = next(batches)[0]
-            grey = ((mirrored(x) if c == 3 else x) + 1) / 2
-            x = seen(model, grey)
-            mu, logvar = net.encode(x)
-            z = reparameterise(mu, logvar, torch.randn(model.k, *mu.shape, device=device))
-            logits = net.decode(z)
-            if model.k > 1:
-                loss = -iwae_bound(log_likelihood(model, x, logits), z, mu, logvar).mean()
-            elif model.likelihood == "bernoulli":
-                loss = negative_elbo(log_bernoulli(x, logits), mu, logvar).mean()
-            else:
-                _, data, kl_2 = vae_loss(x, logits[0].sigmoid(), mu, logvar, model.x_sigma2)
-                loss = data + model.kl_weight * kl_2
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            rate.step()
-
-            numbers = {"loss": loss.item(), "kl": kl_standard_normal(mu, logvar).mean().item()}
-            common.check_finite(step, **numbers)
-            show(step, **numbers)
-            if common.due(step, steps, 40):
-                mse = F.mse_loss(logits[0].sigmoid(), grey).item()
-                log.append({"model": name, "step": step, **numbers, "mse": mse})
-            if common.due(step, steps, 10) or pressed():
-                common.save_checkpoint(args, parts, model=name, step=step, log=log, done=done)
-            if pressed():
-                common.stop(step)
-
-    net.eval()
-    torch.manual_seed(args.seed)  # the same binarised test pictures for every model
-    grey = (common.to_float(test.x[:args.n_test]) + 1) / 2
-    x, n = seen(model, grey), max(1, round(args.n_test * model.share))
-    samples = generate(net, z_fixed[:1000])
-    common.save(net.state_dict(), args.out / f"weights_{name}.pt")
-    if name == "vae":
-        common.save(common.to_uint8(generate(net, z_fixed)).cpu(), args.out / "samples.pt")
-    x_train = seen(model, (common.to_float(images.x[:32]) + 1) / 2)
-    return {"log": log, "pictures": pictures(net, x, x_train, samples),
-            **measure(net, model, grey[:n], x[:n], args.k_test),
-            "distance": nearest_distance(samples, images)}
 
 
 @torch.no_grad()
@@ -324,32 +301,31 @@ def pictures(net, x, x_train, samples):
 def figures(args, images, done):
     """pictures.png: one model; study.png: all; curves.png, study_curves.png and log.csv."""
     title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
-    name, run = next(iter(done.items()))
-    cells = [(text, common.panel(run["pictures"][kind], columns)) for kind, columns, text in (
+    name, numbers = next(iter(done.items()))
+    cells = [(text, common.panel(numbers["pictures"][kind], columns)) for kind, columns, text in (
         ("pairs_train", 8, "training pictures, each left\nof its reconstruction"),
         ("pairs", 8, "test pictures, each left of\nits reconstruction"),
         ("several", 6, "top row: pictures; below:\neach encoded five times"),
         ("samples", 8, "samples: decoded\nz ~ N(0, I)"),
         ("between", 8, "from one code to another\nin equal steps"),
         ("manifold", 15, "the latent plane, by\nquantiles of the prior"))
-        if kind in run["pictures"]]
+        if kind in numbers["pictures"]]
     common.save_panels(args.out / "pictures.png", [("", cells)], f"{title}: {name}")
+
     if len(done) > 1:
-        common.save_panels(args.out / "study.png", study(done), title)
+        rows = [("reconstructions", [(f"{name}\nmse {run['mse']:.3g}, kl {run['kl']:.3g}",
+                                      common.panel(run["pictures"]["pairs"]))
+                                     for name, run in done.items()]),
+                ("samples", [(f"spread {run['spread']:.3g}, distance {run['distance']:.3g}",
+                              common.panel(run["pictures"]["samples"])) for run in done.values()])]
+        common.save_panels(args.out / "study.png", rows, title)
+
     log = [row for run in done.values() for row in run["log"]]
-    for file, mine in (("curves.png", [row for row in log if row["model"] == "vae"]),
-                       ("study_curves.png", [row for row in log if row["model"] != "vae"])):
-        if mine:
-            common.plot_curves(args.out / file, mine, ["loss", "kl", "mse"], "model", title)
+    for file, of_vae in (("curves.png", True), ("study_curves.png", False)):
+        rows = [row for row in log if (row["model"] == "vae") == of_vae]
+        if rows:
+            common.plot_curves(args.out / file, rows, ["loss", "kl", "mse"], title)
     common.write_log(args.out / "log.csv", log)
-
-
-def study(done):
-    """Two rows for save_panels: reconstructions and samples of all models, with their numbers."""
-    return [(label, [(title.format(name=name, **run), common.panel(run["pictures"][kind]))
-                     for name, run in done.items()]) for label, kind, title in (
-        ("reconstructions", "pairs", "{name}\nmse {mse:.3g}, kl {kl:.3g}"),
-        ("samples", "samples", "spread {spread:.3g}, distance {distance:.3g}"))]
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -362,17 +338,18 @@ def parse_args(argv=None):
                    "once, ten times --x-sigma2; without its KL term")
     g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
                    help="of the vae; if not given: bernoulli for grey pictures, else gaussian")
-    g.add_argument("--x-sigma2", type=common.positive_float, default=0.001,
+    g.add_argument("--x-sigma2", type=common.number(float, above=0), default=0.001,
                    help="sigma^2 of the course's loss, pixels in [0, 1] (gaussian)")
-    g.add_argument("--z-dim", type=common.positive_int, default=50, help="latent coordinates; 2: "
+    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="latent coordinates; 2: "
                    "draws the latent plane")
     g = p.add_argument_group("training")
-    g.add_argument("-k", type=common.positive_int, default=1, help="samples of z in the bound that "
-                   "the vae climbs; above 1: the importance-weighted autoencoder")
-    g.add_argument("--steps", type=common.positive_int, default=3200, help="of the vae")
-    g.add_argument("--batch", type=common.positive_int, default=128, help="pictures in a batch")
-    g.add_argument("--lr", type=common.positive_float, default=1e-2, help="Adam's rate, falls to 0")
-    g.add_argument("--k-test", type=common.positive_int, default=100, help="samples of z in the "
+    g.add_argument("-k", type=common.number(int, 1), default=1, help="samples of z in the bound "
+                   "that the vae climbs; above 1: the importance-weighted autoencoder")
+    g.add_argument("--steps", type=common.number(int, 1), default=3200, help="of the vae")
+    g.add_argument("--batch", type=common.number(int, 1), default=128, help="pictures in a batch")
+    g.add_argument("--lr", type=common.number(float, above=0), default=1e-2,
+                   help="Adam's rate, falls to 0")
+    g.add_argument("--k-test", type=common.number(int, 1), default=100, help="samples of z in the "
                    "bound on test pictures: more of them, a tighter bound")
     p.set_defaults(n_samples=N_SAMPLES, n_test=N_TEST)
     args = common.parse(p, argv, quick=dict(data="digits", steps=32, n_samples=1000, n_test=20))
@@ -384,28 +361,27 @@ def check(args, images):
     """Ends the run if the flags do not fit the data."""
     widths, small = channels(images.x.shape[2])
     common.check_side(images, small * 2 ** len(widths))
-    if min(args.batch, len(images.x)) < 2:
-        common.fail("batch norm needs more than one picture: use --batch 2 or more")
+    least = 2 * common.processes()
+    if min(args.batch, len(images.x)) < least:
+        common.fail(f"batch norm needs more than one picture: use --batch {least} or more")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = common.start(args)
-    images = common.load_images(args, device)
-    test = common.load_images(args, device, train=False)
-    check(args, images)
-    saved = common.load_checkpoint(args)
-    known = models(args, grey=images.x.shape[1] == 1)
-    done = saved["done"] if saved else {}
-    for name, model in known.items():
-        if name not in done:
-            resumed = saved if saved and saved["model"] == name else None
-            done[name] = train(args, name, model, images, test, device, resumed, dict(done))
-    figures(args, images, done)
-    columns = ["nll", "-elbo", "kl", "mse", "spread", "distance"]
-    common.print_table([f"{images.name}: model", "likelihood", *columns], [
-        [name, known[name].likelihood, *(f"{run[column]:.4g}" for column in columns)]
-        for name, run in done.items()])
+    with common.Run(args) as run:
+        images = common.load_images(args, run.device)
+        test = common.load_images(args, run.device, train=False)
+        check(args, images)
+        known = {name: model_called(name, args, images.x.shape[1]) for name in args.models}
+        for name in run.each(args.models):
+            net, z_fixed = train(run, args, known[name], images)
+            run.done[name] = {"log": run.rows, **results(args, name, known[name], net, z_fixed,
+                                                         images, test)}
+        figures(args, images, run.done)
+        columns = ["nll", "-elbo", "kl", "mse", "spread", "distance"]
+        common.print_table([f"{images.name}: model", "likelihood", *columns], [
+            [name, numbers["likelihood"], *(f"{numbers[column]:.4g}" for column in columns)]
+            for name, numbers in run.done.items()])
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
-r"""02 - GAN losses: eleven ways to pay D and G, one skeleton, and how to read a GAN's log.
+r"""02 - GAN losses: eleven ways to pay D and G, one loop, and how to read a log.
 
-Papers   Goodfellow 2014 (minimax, nonsaturating), Mao 2017 (lsgan), Arjovsky 2017 (wgan), Gulrajani
-         2017 (wgan-gp), Kodali 2017 (dragan), Mirza, Osindero 2014 (cgan), Chen 2016 (infogan),
-         Odena 2017 (acgan), Zhao 2017 (ebgan), Berthelot 2017 (began).
-Idea     D climbs E log D(x) + E log(1 - D(G(z)))                                       -> bce_d()
-         G descends E log(1 - D(G(z))): no slope where D is sure of a fake          -> minimax_g()
-         G climbs E log D(G(z)) instead: full slope there                     -> nonsaturating_g()
-         All others change D's question: lsgan_d, wgan_d, gradient_penalty, ebgan_d, began_d, ...
-         The table METHODS says which two losses, which penalty and which labels make a method.
-See      samples.png: every loss from the same z; saturation.png: which slope reaches G, and three
-         generators whose D is far ahead: minimax freezes; curves.png, log.csv, samples_{loss}.pt,
-         weights_{loss}.pt (of G). Printed: classes by nearest training picture, their KL to uniform
-         in nats, labels obeyed, and what a frozen log means. On MNIST: 10 classes, KL 0.002 to 0.07
-         (began: 0.16); acgan obeys 95 % of the labels, cgan 90 % (97 % by a classifier), infogan's
-         code agrees with the digit for 83 %.
-Time     4.4 min on 2 CPU cores; --loss all 22 min.
-Differs  no batch norm in D; Adam with beta1 = 0 for all; wgan and wgan-gp make 3 and 2 steps of D,
-         not 5; rates fall along a cosine; cgan's D adds its guess of the label to the score
-         (Miyato, Koyama 2018); infogan's Q sees disturbed pictures and must agree with itself on
-         data (Ji et al. 2019); dragan's noise as in its code; ebgan's and began's errors are root
-         mean squares; G's pictures are pushed apart with weight 1 (ebgan, there 0.1), and for
-         began too; -ahead: a larger eps in G's Adam (see METHODS).
-Run      python 02_gan_losses.py --loss all
-         python 02_gan_losses.py --loss nonsaturating --real-label 0.9
+Papers   The class of each method names its paper; the first is Goodfellow et al.
+         2014, arXiv:1406.2661.
+Idea     D climbs E log D(x) + E log(1 - D(G(z)))                     -> bce_d()
+         G descends E log(1 - D(G(z))): it has no slope where D is sure of a fake
+                                                                  -> minimax_g()
+         G climbs E log D(G(z)): full slope there           -> nonsaturating_g()
+         The others put another question to D      -> lsgan_d(), wgan_d(), ...
+See      samples.png: what each G draws from the same z. saturation.png: three G
+         whose D is far ahead, of which the minimax one is frozen. curves.png.
+         Printed: the classes that G draws, by the nearest training picture, and
+         what it means when the losses of a run stay where they are.
+Differs  D has no batch norm, so that every score is of one picture alone; Adam
+         for all, at rates that fall along a cosine. WGAN makes 3 steps of D and
+         WGAN-GP 2 (there 5). More in the classes of the methods.
+Try      --real-label 0.9: where will loss_d stop falling? Predict, then run.
+Run      python 02_gan_losses.py
+         python 02_gan_losses.py --loss all
 """
 
+import functools
 import math
-import time
-from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -41,11 +34,8 @@ LAMBDA = 10.0                    # weight of both gradient penalties: Gulrajani 
 CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
 MARGIN = 0.3                     # ebgan: for errors that are roots of mean squares
 GAMMA, LAMBDA_K = 0.9, 0.1       # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
-PANEL = 60                       # pictures of each loss in samples.png, a column for each label
 Z, LABEL = 64, 3.0               # length of z; of a one-hot label beside it
-AGREEMENT = 2.0                  # infogan: weight of Q's agreement with itself on data
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
-VEIL = torch.tensor([0.6, 0.4, 0.6, 0.2, 0.2])  # infogan: range of turn, stretch, shear, two shifts
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -123,11 +113,12 @@ def dragan_penalty(critic, x_real, generator=None):
     """E (‖∇critic(x + δ)‖ - 1)² near the data alone (Kodali et al. 2017).
 
     δ as in the authors' code, not the Gaussian of the paper: α σ u / 2, u uniform in [0, 1) for
-    each pixel, α for each example; here σ is the standard deviation of the example, not the batch.
+    each pixel, α for each example. σ is the standard deviation of the pixels of the example, where
+    theirs is that of the whole batch.
     """
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     u = torch.rand(x_real.shape, generator=generator).to(x_real)
-    scale = alpha * x_real.flatten(1).std(dim=1) / 2
+    scale = alpha * x_real.flatten(1).std(dim=1, correction=0) / 2
     x_hat = x_real + scale.view(-1, *[1] * (x_real.ndim - 1)) * u
     return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
 
@@ -153,18 +144,6 @@ def pull_away(codes):
     return (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
 
 
-def mutual_information(p, q):
-    """I(c; c') of the labels guessed for two views of the same pictures, in nats: 0 to log K.
-
-    p, q: probabilities [B, K]; their joint law is the mean of p qᵀ, made symmetric (Ji et al.
-    2019). To be maximised: log K if both views always agree and all K labels are as frequent.
-    """
-    joint = (p[:, :, None] * q[:, None, :]).mean(dim=0)
-    joint = (joint + joint.T) / 2
-    p_c = joint.sum(dim=0)
-    return torch.special.xlogy(joint, joint).sum() - 2 * torch.special.xlogy(p_c, p_c).sum()
-
-
 def began_d(real_error, fake_error, k):
     """E L(x) - k E L(G(z)) (Berthelot et al. 2017)."""
     return real_error.mean() - k * fake_error.mean()
@@ -180,80 +159,6 @@ def began_convergence(real_error, fake_error, gamma):
     """E L(x) + |γ E L(x) - E L(G(z))|: falls as a BEGAN learns (Berthelot et al. 2017)."""
     balance = gamma * real_error.mean() - fake_error.mean()
     return (real_error.mean() + balance.abs()).item()
-
-
-# --- the table of methods ----------------------------------------------------------------------
-
-class Method(NamedTuple):
-    """What makes a method; real and fake are D's scores, or errors if it is an autoencoder."""
-    d: Callable                  # (real, fake) -> loss of D
-    g: Callable                  # fake -> loss of G
-    lr: tuple = (4e-3, 4e-3)     # of D, of G
-    d_steps: int = 1
-    dropout: float = 0.3         # on D's features; a Lipschitz critic does better without
-    labels: str = ""             # "condition": both get y; "guess": D says it; "code": invented
-    penalty: Callable = None     # (critic, x, x_fake) -> term added to D's loss, times LAMBDA
-    clip: bool = False
-    autoencoder: int = 0         # length of D's code; its score is then its reconstruction error
-    pull_away: tuple = ()        # its weight in G's loss, at the start and at the end
-    eps: float = 1e-8            # G's Adam divides by √(mean g²) + eps
-    share: float = 1.0           # of --steps
-
-
-METHODS = {
-    "minimax": Method(bce_d, minimax_g),
-    "nonsaturating": Method(bce_d, nonsaturating_g),
-    "lsgan": Method(lsgan_d, lsgan_g, lr=(2e-3, 2e-3)),  # at 4e-3 the squares blow up
-    "wgan": Method(wgan_d, wgan_g, lr=(1e-3, 2e-3), d_steps=3, dropout=0.0, clip=True),
-    "wgan-gp": Method(wgan_d, wgan_g, lr=(2e-3, 2e-3), d_steps=2, dropout=0.0,
-                      penalty=gradient_penalty),
-    "dragan": Method(bce_d, nonsaturating_g,
-                     penalty=lambda critic, x, x_fake: dragan_penalty(critic, x)),
-    "cgan": Method(bce_d, nonsaturating_g, labels="condition"),
-    "infogan": Method(bce_d, nonsaturating_g, labels="code", share=1.25),
-    "acgan": Method(bce_d, nonsaturating_g, labels="guess"),
-    "ebgan": Method(lambda real, fake: ebgan_d(real, fake, MARGIN), torch.mean, lr=(2e-3, 2e-3),
-                    autoencoder=64, pull_away=(1.0, 1.0)),  # Zhao 2017: 0.1
-    # a 1 has half the error of other digits: without the pull-away G draws little else; it falls to
-    # 0, for digits that are pushed apart are torn. Through a code of 64 D redraws rubbish too
-    "began": Method(began_d, torch.mean, lr=(1e-3, 1e-3), autoencoder=16, pull_away=(2.5, 0.0),
-                    share=2.0),
-}
-# D far ahead: three steps to one. Adam divides even a slope of 1e-6 up to a full step and so hides
-# that minimax is saturated; with a larger eps in G's Adam a small slope is a small step.
-METHODS |= {f"{name}-ahead": METHODS[name]._replace(lr=(2e-3, 4e-3), d_steps=3, eps=3e-3, share=0.2)
-            for name in ("minimax", "nonsaturating", "lsgan")}
-
-
-# --- how to read a log -------------------------------------------------------------------------
-
-def fingerprint(loss_d, loss_g, real_label=1.0):
-    """The likely cause of losses that stay where they are, or None if they say nothing.
-
-    loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats;
-    loss_g is compared without its sign, which is minimax_g's alone.
-    """
-    entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
-                                                 + (1 - real_label) * math.log(1 - real_label))
-    half = math.log(2)
-    known = [
-        (2 * half, half, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
-        (math.log(1 + math.exp(-1)) + half, half, "a sigmoid applied twice (softplus(-1) + ln 2 "
-         "and ln 2): D must return logits"),
-        (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
-        (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
-    ]
-    for d, g, cause in known:
-        if abs(loss_d - d) < 0.005 and (g is None or abs(abs(loss_g) - g) < 0.005):
-            return cause
-    return None
-
-
-def new_fingerprint(log, real_label):
-    """The fingerprint that the last three rows of a log share, if the row before had not."""
-    causes = [fingerprint(row["loss_d"], row["loss_g"], real_label) for row in log[-4:]]
-    new = len(causes) < 4 or causes[0] != causes[-1]
-    return causes[-1] if new and len(causes) >= 3 and len(set(causes[-3:])) == 1 else None
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -297,29 +202,23 @@ def trunk(c, side):
 
 
 class Discriminator(nn.Module):
-    """(x, y) -> logits [B], guesses of the label [B, classes].
+    """x -> logits [B], guesses of the label [B, classes]."""
 
-    conditional: to the logit is added the guess of the label asked for, y one-hot [B, classes]
-    (Miyato, Koyama 2018); else y is not used.
-    """
-
-    def __init__(self, c, side, classes, conditional, dropout):
+    def __init__(self, c, side, classes, dropout):
         super().__init__()
-        self.conditional = conditional
         self.trunk, features = trunk(c, side)
         self.drop = nn.Dropout(dropout)
         self.score, self.guess = nn.Linear(features, 1), nn.Linear(features, classes)
 
-    def forward(self, x, y):
+    def forward(self, x):
         h = self.drop(self.trunk(x))
-        score, guess = self.score(h).flatten(), self.guess(h)
-        return score + (guess * y).sum(dim=1) if self.conditional else score, guess
+        return self.score(h).flatten(), self.guess(h)
 
 
 class Autoencoder(nn.Module):
-    """(x, y) -> errors ‖x - decoded(x)‖ / √(C side²) [B], codes [B, d]; y is not used.
+    """x -> errors ‖x - decoded(x)‖ / √(C side²) [B], codes [B, d].
 
-    The root, not the square: however bad a fake, D gains at a bounded rate from making it worse.
+    The root, not the square: however bad a fake is, D gains at a bounded rate from making it worse.
     No tanh at the end, whose slope would be 0 at black.
     """
 
@@ -328,74 +227,231 @@ class Autoencoder(nn.Module):
         convolutions, features = trunk(c, side)
         self.encode = nn.Sequential(convolutions, nn.Linear(features, d))
         self.decode = decoder(d, c, side, nn.Identity)
+        self.register_buffer("k", torch.zeros((), dtype=torch.float64))  # began's
 
-    def forward(self, x, y):
+    def forward(self, x):
         codes = self.encode(x)
         error = (x - self.decode(codes)).flatten(1)
         return torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5, codes
 
 
-def with_labels(z, one_hot):
-    """G's input: z, followed by the one-hot label, of length LABEL, if there is one."""
-    return z if one_hot is None else torch.cat([z, LABEL * one_hot], dim=1)
+def with_labels(z, y):
+    """G's input: z [B, Z], followed by the one-hot labels y [B, classes or 0], of length LABEL."""
+    return torch.cat([z, LABEL * y], dim=1)
 
 
-def disturbed(x):
-    """x turned, scaled, sheared and shifted at random, with noise as strong as the picture.
+def noisy(x, std):
+    """x with normal noise; nothing is drawn where std is 0."""
+    return x + std * torch.randn_like(x) if std else x
 
-    What InfoGAN's code stands for is what Q can read. From clean pictures it reads any detail that
-    G chooses to hide the code in; through this veil only what is plain survives: the digit.
+
+def clip(net, limit):
+    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1)."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.clamp_(-limit, limit)
+
+
+# --- the methods -------------------------------------------------------------------------------
+
+class Minimax:
+    """minimax: the GAN of Goodfellow et al. 2014. Each class below says what it changes.
+
+    y: one-hot labels [B, classes] of the pictures, of width 0 where G does not see any.
     """
-    n = len(x)
-    turn, stretch, shear, right, down = ((torch.rand(5, n, device=x.device) - 0.5)
-                                         * VEIL.to(x.device)[:, None])
-    rows = [(1 + stretch) * turn.cos(), shear - turn.sin(), right,
-            turn.sin(), (1 + stretch) * turn.cos(), down]
-    grid = F.affine_grid(torch.stack(rows, dim=1).view(n, 2, 3), x.shape, align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1 + torch.randn_like(x)
+    d, g = staticmethod(bce_d), staticmethod(minimax_g)  # losses, as functions of scores
+    read = staticmethod(torch.sigmoid)                   # what a score says: D(x), from 0 to 1
+    lr = 4e-3, 4e-3              # of D, of G
+    d_steps = 1
+    dropout = 0.3                # on D's features
+    eps = 1e-8                   # G's Adam divides by √(mean g²) + eps
+    share = 1.0                  # of --steps
+    sees_labels = False          # does G see y?
+
+    def __init__(self, args, classes):
+        self.args, self.classes = args, classes
+        self.sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data
+        if self.d is bce_d:
+            self.d = functools.partial(bce_d, real_label=args.real_label,
+                                       label_noise=args.label_noise)
+
+    def nets(self, c, side):
+        return (generator(Z + self.classes * self.sees_labels, c, side),
+                Discriminator(c, side, self.classes, self.dropout))
+
+    def labels(self, x, y):
+        """The labels of the pictures that G is to draw beside the data x."""
+        return x.new_zeros(len(x), 0)
+
+    def score(self, D, x, y):
+        """D's logits [B], or what the method has in their place."""
+        return D(x)[0]
+
+    def loss_d(self, D, x, x_fake, y):
+        """What D descends. Data and fakes go through D in one pass."""
+        real, fake = self.score(D, torch.cat([x, x_fake]), torch.cat([y, y])).split(len(x))
+        return self.d(real, fake)
+
+    def after_d(self, D):
+        """What follows each step of D."""
+
+    def loss_g(self, D, x_fake, y, progress):
+        """What G descends. progress: how much of the training is over, from 0 to 1."""
+        return self.g(self.sign * self.score(D, x_fake, y))
 
 
-# --- measures ----------------------------------------------------------------------------------
+class Nonsaturating(Minimax):
+    """nonsaturating: G climbs log D(G(z)) instead (Goodfellow et al. 2014, section 3)."""
+    g = staticmethod(nonsaturating_g)
 
-def report(x, y, images, labels):
-    """Numbers for samples x [N, C, H, W] that were asked for with labels y [N].
 
-    distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units;
-    classes: the labels of those that occur; kl: of their histogram to uniform, nats; obeyed: share
-    of samples with the label asked for (infogan: with the label that its code stands for, after
-    the best one-to-one matching of codes and labels).
+class LSGAN(Minimax):
+    """lsgan: squared distances of the scores to 1 and 0 (Mao et al. 2017)."""
+    d, g, read = staticmethod(lsgan_d), staticmethod(lsgan_g), nn.Identity()
+    lr = 2e-3, 2e-3              # at 4e-3 the squares blow up
+
+
+class WGAN(Minimax):
+    """wgan: D estimates a distance, with its slope held by clipped weights (Arjovsky 2017)."""
+    d, g, read = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
+    lr = 1e-3, 2e-3
+    d_steps = 3
+    dropout = 0.0                # such a D does better without
+
+    def after_d(self, D):
+        clip(D, CLIP)
+
+
+class WGANGP(WGAN):
+    """wgan-gp: the slope of D is held by a penalty instead (Gulrajani et al. 2017)."""
+    lr = 2e-3, 2e-3
+    d_steps = 2
+    after_d = Minimax.after_d    # no clipping
+
+    def loss_d(self, D, x, x_fake, y):
+        penalty = gradient_penalty(lambda x: self.score(D, x, y), x, x_fake)
+        return super().loss_d(D, x, x_fake, y) + LAMBDA * penalty
+
+
+class DRAGAN(Nonsaturating):
+    """dragan: the same penalty on logits, and near the data alone (Kodali et al. 2017)."""
+
+    def loss_d(self, D, x, x_fake, y):
+        penalty = dragan_penalty(lambda x: self.score(D, x, y), x)
+        return super().loss_d(D, x, x_fake, y) + LAMBDA * penalty
+
+
+class CGAN(Nonsaturating):
+    """cgan: G and D are told the label (Mirza, Osindero 2014).
+
+    D adds its guess of that label to its score (Miyato, Koyama 2018).
     """
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
-    distance = torch.cat([n.values for n in nearest]) / train.shape[1] ** 0.5
-    numbers = {"distance": distance.mean().item()}
-    if images.y is not None:
-        found = images.y[torch.cat([n.indices for n in nearest])].cpu()
-        k = int(images.y.max()) + 1
-        p = torch.bincount(found, minlength=k).double() / len(found)
-        numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
-        if labels:
-            table = torch.zeros(k, k).index_put_((y.cpu(), found), torch.ones(1), True)
-            obeyed = best_matching(table) if labels == "code" else table.trace().item()
-            numbers["obeyed"] = obeyed / len(found)
-    return numbers
+    sees_labels = True
+
+    def labels(self, x, y):
+        return F.one_hot(y, self.classes).float()
+
+    def score(self, D, x, y):
+        score, guess = D(x)
+        return score + (guess * y).sum(dim=1)
+
+    @staticmethod
+    def obeyed(y, found):
+        """Share of the pictures in which the label y [N] was found."""
+        return (found == y).float().mean().item()
 
 
-def best_matching(table):
-    """Largest Σ_i table[i, σ(i)] over all permutations σ, table [K, K].
+class ACGAN(CGAN):
+    """acgan: D is not told the label but guesses it; both want it guessed (Odena et al. 2017)."""
+    score = Minimax.score
 
-    Row by row, the best total for each set of columns used so far (Held, Karp 1962): 2^K K steps.
+    def loss_d(self, D, x, x_fake, y):
+        score, guess = D(torch.cat([x, x_fake]))
+        return self.d(*score.split(len(x))) + F.cross_entropy(guess, torch.cat([y, y]))
+
+    def loss_g(self, D, x_fake, y, progress):
+        score, guess = D(x_fake)
+        return self.g(self.sign * score) + F.cross_entropy(guess, y)
+
+
+class InfoGAN(ACGAN):
+    """infogan: the label is a code that is made up, and D guesses that of fakes (Chen 2016).
+
+    Minus the cross-entropy is, up to a constant, a lower bound of the mutual information of code
+    and picture: G must draw each code in a way of its own.
     """
-    best = {0: 0.0}
-    for row in table.tolist():
-        grown = {}
-        for used, total in best.items():
-            for column, value in enumerate(row):
-                if not used >> column & 1:
-                    key = used | 1 << column
-                    grown[key] = max(grown.get(key, -math.inf), total + value)
-        best = grown
-    return best[2 ** len(table) - 1]
+    share = 1.25
+
+    def labels(self, x, y):
+        code = torch.randint(self.classes, (len(x),), device=x.device)
+        return F.one_hot(code, self.classes).float()
+
+    def loss_d(self, D, x, x_fake, y):
+        score, guess = D(torch.cat([x, x_fake]))
+        return self.d(*score.split(len(x))) + F.cross_entropy(guess[len(x):], y)
+
+    @staticmethod
+    def obeyed(y, found):
+        """Share of the pictures in which the most frequent label of their code was found."""
+        return sum(found[y == code].bincount().max().item() for code in y.unique()) / len(y)
+
+
+class EBGAN(Minimax):
+    """ebgan: D is an autoencoder, and its score is its error (Zhao et al. 2017).
+
+    G's pictures are pushed apart, with weight 1 (there 0.1).
+    """
+    d, g = staticmethod(lambda real, fake: ebgan_d(real, fake, MARGIN)), staticmethod(torch.mean)
+    read = nn.Identity()
+    lr = 2e-3, 2e-3
+    code = 64                    # length of the autoencoder's code
+
+    def nets(self, c, side):
+        return generator(Z, c, side), Autoencoder(c, side, self.code)
+
+    def loss_g(self, D, x_fake, y, progress):
+        error, codes = D(x_fake)
+        return self.g(error) + pull_away(codes)
+
+
+class BEGAN(EBGAN):
+    """began: the errors of data and fakes are kept in balance by k (Berthelot et al. 2017).
+
+    Here, not there, G's pictures are pushed apart: a 1 has half the error of other digits, and G
+    would draw little else. The push falls to 0, for digits that are pushed apart are torn.
+    """
+    lr = 1e-3, 1e-3
+    code = 16                    # through a code of 64 D redraws rubbish too
+    share = 2.0
+
+    def loss_d(self, D, x, x_fake, y):
+        real, fake = self.score(D, torch.cat([x, x_fake]), y).split(len(x))
+        loss = began_d(real, fake, D.k.item())
+        D.k.fill_(began_k(D.k.item(), real, fake, LAMBDA_K, GAMMA))
+        return loss
+
+    def loss_g(self, D, x_fake, y, progress):
+        error, codes = D(x_fake)
+        return self.g(error) + 2.5 * (1 - progress) * pull_away(codes)
+
+
+class Ahead:
+    """-ahead: D makes three steps to one of G.
+
+    Adam divides even a slope of 1e-6 up to a full step, and so hides that the minimax G has none.
+    With a larger eps a small slope is a small step.
+    """
+    lr = 2e-3, 4e-3
+    d_steps = 3
+    eps = 3e-3
+    share = 0.2
+
+
+METHODS = {"minimax": Minimax, "nonsaturating": Nonsaturating, "lsgan": LSGAN, "wgan": WGAN,
+           "wgan-gp": WGANGP, "dragan": DRAGAN, "cgan": CGAN, "infogan": InfoGAN, "acgan": ACGAN,
+           "ebgan": EBGAN, "began": BEGAN}
+for name in ("minimax", "nonsaturating", "lsgan"):
+    METHODS[f"{name}-ahead"] = type(f"{name}-ahead", (Ahead, METHODS[name]), {})
 
 
 # --- train -------------------------------------------------------------------------------------
@@ -410,164 +466,54 @@ def schedule(name, opt, steps):
                 max(1, steps // 8), cycle_momentum=False)}[name]()
 
 
-def nets(method, c, side, classes):
-    """G and D of a method, for pictures of `side` pixels."""
-    G = generator(Z + classes * bool(method.labels), c, side)
-    if method.autoencoder:
-        return G, Autoencoder(c, side, method.autoencoder)
-    return G, Discriminator(c, side, classes, method.labels == "condition", method.dropout)
-
-
-def draw(method, G, y, n, classes, device):
-    """Labels for n pictures (infogan invents them), one-hot if the method has any, and pictures."""
-    if method.labels == "code":
-        y = torch.randint(classes, (n,), device=device)
-    one_hot = F.one_hot(y, classes).float() if method.labels else None
-    return y, one_hot, G(with_labels(torch.randn(n, Z, device=device), one_hot))
-
-
-def noisy(x, std):
-    """x with normal noise; nothing is drawn where std is 0."""
-    return x + std * torch.randn_like(x) if std else x
-
-
-def loss_of_d(args, method, real, fake, k):
-    """The method's loss of D, with what it takes beside the scores."""
-    if method.d is bce_d:
-        return bce_d(real, fake, args.real_label, args.label_noise)
-    return began_d(real, fake, k) if method.d is began_d else method.d(real, fake)
-
-
-def loss_of_labels(method, D, x_fake, y, guess):
-    """Cross-entropy of the labels y: acgan's D says them, infogan's Q reads them in x_fake."""
-    if method.labels == "code":
-        return F.cross_entropy(D(disturbed(x_fake), None)[1], y)
-    if method.labels == "guess":
-        return F.cross_entropy(guess, y.repeat(len(guess) // len(y)))  # of D's two halves
-    return 0.0
-
-
-def disagreement(method, D, x):
-    """infogan's Q should also read the same code in two disturbed copies of a data picture."""
-    if method.labels != "code":
-        return 0.0
-    p, q = (D(disturbed(x), None)[1].softmax(dim=1) for _ in range(2))
-    return -AGREEMENT * mutual_information(p, q)
-
-
-def penalties(args, method, critic, x, x_fake):
-    """What holds D's slope, weighted: the method's own penalty, and R1 if it is asked for."""
-    own = LAMBDA * method.penalty(critic, x, x_fake) if method.penalty else 0.0
-    r1 = args.r1 / 2 * r1_penalty(critic, x) if args.r1 else 0.0
-    return own + r1
-
-
-def clip(net, limit):
-    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1)."""
-    with torch.no_grad():
-        for p in net.parameters():
-            p.clamp_(-limit, limit)
-
-
-def train(args, name, images, device, saved, done):
-    """Trains one method; returns its log, numbers and pictures, and writes samples_{name}.pt and
-    weights_{name}.pt.
-
-    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
-    """
+def train(run, args, method, images):
+    """Trains one method; returns G and the z of its samples."""
     torch.manual_seed(args.seed)
-    method, (c, side) = METHODS[name], images.x.shape[1:3]
+    c, side = images.x.shape[1:3]
     steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
-    classes = 10 if images.y is None else int(images.y.max()) + 1
-    z_fixed = torch.randn(args.n_samples, Z).to(device)  # the same for every method and figure
-    y_fixed = torch.arange(args.n_samples, device=device) % classes
-    G, D = (net.to(device) for net in nets(method, c, side, classes))
+    z_fixed = torch.randn(args.n_samples, Z).to(run.device)  # the same for every method and figure
+    G, D = (net.to(run.device) for net in method.nets(c, side))
     # the methods' rates are for 28 pixels: at 64, with two layers more, 4e-3 diverges in 200 steps
     lr_d, lr_g = (lr * min(1.0, (28 / side) ** 2) for lr in method.lr)
     opt_d = torch.optim.Adam(D.parameters(), lr=args.lr_d or lr_d, betas=ADAM_BETAS, fused=True)
     opt_g = torch.optim.Adam(G.parameters(), lr=args.lr_g or lr_g, betas=ADAM_BETAS,
                              eps=method.eps, fused=True)
     rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("cosine", opt_g, steps)
-    parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
+    batches = run.batches(images, args.batch)
 
-    first, log, k = 0, [], 0.0  # k: BEGAN's
-    if saved:
-        first, log, k = saved["step"], saved["log"], saved["k"]
-        common.restore(saved, parts)
-    sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data, G wants the same
-    batches = common.batches(images, args.batch, args.seed, first * d_steps)
-    show = common.progress(name, steps, args.batch * d_steps, first)
-    start = time.monotonic()
+    for step in run.steps(steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d):
+        std = args.input_noise * (1 - step / steps)
 
-    with common.ctrl_c() as pressed:
-        for step in range(first + 1, steps + 1):
-            milestone = common.due(step, steps, 40)
-            std = args.input_noise * (1 - step / steps)
+        # D's half: descend its loss on data and on G's pictures, G untouched
+        for _ in range(d_steps):
+            x, y = next(batches)
+            y = method.labels(x, y)
+            x_fake = G(with_labels(torch.randn(len(x), Z, device=run.device), y))
+            loss_d = method.loss_d(D, noisy(x, std), noisy(x_fake.detach(), std), y)
+            if args.r1:
+                loss_d = loss_d + args.r1 / 2 * r1_penalty(lambda x: method.score(D, x, y), x)
+            opt_d.zero_grad()
+            loss_d.backward()
+            opt_d.step()
+            method.after_d(D)
 
-            # D's half: descend its loss on data and on G's pictures, G untouched
-            for _ in range(d_steps):
-                x, y = next(batches)
-                y, one_hot, x_fake = draw(method, G, y, len(x), classes, device)
-                both = noisy(torch.cat([x, x_fake.detach()]), std)  # one pass for both
-                score, guess = D(both, None if one_hot is None else one_hot.repeat(2, 1))
-                real, fake = score.split(len(x))
-                loss_d = loss_of_d(args, method, real, fake, k)
-                total_d = loss_d + loss_of_labels(method, D, x_fake.detach(), y, guess) \
-                    + disagreement(method, D, x) \
-                    + penalties(args, method, lambda x: D(x, one_hot)[0], x, x_fake.detach())
-                opt_d.zero_grad()
-                total_d.backward()
-                opt_d.step()
-                if method.clip:
-                    clip(D, CLIP)
-                if method.d is began_d:
-                    k = began_k(k, real, fake, LAMBDA_K, GAMMA)
+        # G's half: descend its loss through D, D untouched
+        for g_step in range(args.g_steps):
+            if g_step:  # the first step takes the pictures that D has just seen
+                x_fake = G(with_labels(torch.randn(len(x), Z, device=run.device), y))
+            loss_g = method.loss_g(D, noisy(x_fake, std), y, step / steps)
+            opt_g.zero_grad()
+            loss_g.backward(inputs=tuple(G.parameters()))
+            opt_g.step()
 
-            # G's half: descend its loss through D, D untouched
-            for g_step in range(args.g_steps):
-                if g_step:
-                    y, one_hot, x_fake = draw(method, G, y, len(x), classes, device)
-                fake, guess = D(noisy(x_fake, std), one_hot)  # guess: the codes of an autoencoder
-                loss_g = method.g(sign * fake)
-                total_g = loss_g + loss_of_labels(method, D, x_fake, y, guess)
-                if method.pull_away:
-                    a, b = method.pull_away
-                    total_g = total_g + (a + (b - a) * step / steps) * pull_away(guess)
-                if milestone:
-                    slope, = torch.autograd.grad(loss_g, fake, retain_graph=True)
-                opt_g.zero_grad()
-                total_g.backward(inputs=tuple(G.parameters()))
-                opt_g.step()
+        rate_d.step()
+        rate_g.step()
+        run.log(loss_d=loss_d, loss_g=loss_g)
+        if run.due(40):
+            run.note(**readings(method, G, D, x, x_fake.detach(), y))
+            tell_fingerprint(method, run.rows)
 
-            rate_d.step()
-            rate_g.step()
-            common.check_finite(step, loss_d=total_d.item(), loss_g=total_g.item())
-            show(step, loss_d=loss_d.item(), loss_g=loss_g.item())
-            if milestone:
-                read = torch.sigmoid if method.d is bce_d else nn.Identity()
-                log.append({"loss": name, "step": step, "loss_d": loss_d.item(),
-                            "loss_g": loss_g.item(), "D(x)": read(sign * real).mean().item(),
-                            "D(G(z))": read(sign * fake).mean().item(),
-                            "slope": slope.abs().sum().item(), "gradient": nn.utils.get_total_norm(
-                                [p.grad for p in G.parameters()]).item()})
-                if method.d is began_d:
-                    log[-1]["convergence"] = began_convergence(real, fake, GAMMA)
-                cause = method.d is bce_d and new_fingerprint(log, args.real_label)
-                if cause:
-                    common.say(f"{name}: losses stay at {loss_d:.4f} and {loss_g:.4f}: {cause}")
-            if common.due(step, steps, 10) or pressed():
-                common.save_checkpoint(args, parts, loss=name, step=step, log=log, k=k, done=done)
-            if pressed():
-                common.stop(step)
-
-    seconds = time.monotonic() - start
-    samples = generate(G, with_labels(
-        z_fixed, F.one_hot(y_fixed, classes).float() if method.labels else None))
-    common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
-    common.save(G.state_dict(), args.out / f"weights_{name}.pt")
-    return {"log": log, "pictures": common.to_uint8(samples[:PANEL]).cpu(),
-            "ms a step": 1000 * seconds / (steps - first) if steps > first else math.nan,
-            **report(samples[:N_NEAREST], y_fixed[:N_NEAREST], images, method.labels)}
+    return G, z_fixed
 
 
 @torch.no_grad()
@@ -579,29 +525,110 @@ def generate(G, z):
     return x
 
 
+# --- measures ----------------------------------------------------------------------------------
+
+def readings(method, G, D, x, x_fake, y):
+    """What the log keeps beside the losses, after a step of G; D without its dropout.
+
+    D(x), D(G(z)): means of what D says of data and fakes. slope: Σ |∂loss_G/∂score| over the
+    batch. gradient: the norm of what reached G's weights.
+    """
+    D.eval()
+    with torch.no_grad():
+        scores = method.score(D, torch.cat([x, x_fake]), torch.cat([y, y]))
+        real, fake = (method.sign * scores).split(len(x))
+    D.train()
+    fake = fake.clone().requires_grad_()
+    slope, = torch.autograd.grad(method.g(fake), fake)
+    numbers = {"D(x)": method.read(real).mean().item(), "D(G(z))": method.read(fake).mean().item(),
+               "slope": slope.abs().sum().item(), "gradient": nn.utils.get_total_norm(
+                   [p.grad for p in G.parameters()]).item()}
+    if isinstance(method, BEGAN):
+        numbers["convergence"] = began_convergence(real, fake, GAMMA)
+    return numbers
+
+
+def fingerprint(loss_d, loss_g, real_label=1.0):
+    """The likely cause of losses that stay where they are, or None if they say nothing.
+
+    loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats;
+    loss_g is compared without its sign, which is minimax_g's alone.
+    """
+    entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
+                                                 + (1 - real_label) * math.log(1 - real_label))
+    half = math.log(2)
+    known = [
+        (2 * half, half, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
+        (math.log(1 + math.exp(-1)) + half, half, "a sigmoid applied twice (softplus(-1) + ln 2 "
+         "and ln 2): D must return logits"),
+        (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
+        (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
+    ]
+    for d, g, cause in known:
+        if abs(loss_d - d) < 0.005 and (g is None or abs(abs(loss_g) - g) < 0.005):
+            return cause
+    return None
+
+
+def new_fingerprint(log, real_label):
+    """The fingerprint that the last three rows of a log share, if the row before had not."""
+    causes = [fingerprint(row["loss_d"], row["loss_g"], real_label) for row in log[-4:]]
+    new = len(causes) < 4 or causes[0] != causes[-1]
+    return causes[-1] if new and len(causes) >= 3 and len(set(causes[-3:])) == 1 else None
+
+
+def tell_fingerprint(method, rows):
+    """Says what the losses of a log that stay where they are mean, where that is known."""
+    cause = new_fingerprint(rows, method.args.real_label)
+    if cause and method.read is torch.sigmoid:  # all that is known is of cross-entropies
+        common.say(f"{rows[-1]['model']}: losses stay at {rows[-1]['loss_d']:.4f} and "
+                   f"{rows[-1]['loss_g']:.4f}: {cause}")
+
+
+def report(x, y, images, method):
+    """Numbers for samples x [N, C, H, W] that were asked for with labels y [N].
+
+    distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units;
+    classes: the labels of those that occur; kl: of their histogram to uniform, nats; obeyed: share
+    of samples with the label asked for (infogan: with the one that is most frequent for their code).
+    """
+    train = common.to_float(images.x[:10_000]).flatten(1)
+    nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
+    distance = torch.cat([n.values for n in nearest]) / train.shape[1] ** 0.5
+    numbers = {"distance": distance.mean().item()}
+    if images.y is not None:
+        found = images.y[torch.cat([n.indices for n in nearest])].cpu()
+        k = int(images.y.max()) + 1
+        p = torch.bincount(found, minlength=k).double() / len(found)
+        numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
+        if method.sees_labels:
+            numbers["obeyed"] = method.obeyed(y.cpu(), found)
+    return numbers
+
+
 # --- figures -----------------------------------------------------------------------------------
 
 def figures(args, images, done):
     """samples.png, saturation.png, curves.png, log.csv."""
-    def cell(name, run):
-        numbers = [f"{key} {run[key]:.3g}" for key in ("kl", "obeyed") if key in run]
-        return f"{name}\n{', '.join(numbers)}", common.panel(run["pictures"], columns=10)
-
     title = f"GAN losses on {images.name}, seed {args.seed}, same z"
-    cells = [("data\n", common.panel(images.x[:PANEL], columns=10))]
-    cells += [cell(name, run) for name, run in done.items()]
+    cells = {}
+    for name, numbers in done.items():
+        shown = [f"{key} {numbers[key]:.3g}" for key in ("kl", "obeyed") if key in numbers]
+        cells[name] = f"{name}\n{', '.join(shown)}", common.panel(numbers["pictures"], columns=10)
+    all_cells = [("data\n", common.panel(images.x[:60], columns=10)), *cells.values()]
     common.save_panels(args.out / "samples.png",
-                       [("", cells[i:i + 4]) for i in range(0, len(cells), 4)], title)
-    log = [row for run in done.values() for row in run["log"]]
-    ahead = {name: run for name, run in done.items() if name.endswith("-ahead")}
+                       [("", all_cells[i:i + 4]) for i in range(0, len(all_cells), 4)], title)
+
+    log = [row for numbers in done.values() for row in numbers["log"]]
+    ahead = [cell for name, cell in cells.items() if name.endswith("-ahead")]
     if ahead:
-        common.save_panels(args.out / "saturation.png", [("", [
-            ("slope of G's loss against D(G(z)):\nformula, and where training was",
-             lambda ax: draw_slopes(ax, log)),
-            ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log)),
-            *(cell(name, run) for name, run in ahead.items())])], f"{title}, D far ahead")
+        curves = [("slope of G's loss against D(G(z)):\nformula, and where training was",
+                   lambda ax: draw_slopes(ax, log)),
+                  ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log))]
+        common.save_panels(args.out / "saturation.png", [("", curves + ahead)],
+                           f"{title}, D far ahead")
     common.plot_curves(args.out / "curves.png", log, ["loss_d", "loss_g", "D(x)", "D(G(z))",
-                                                      "gradient"], "loss", title)
+                                                      "gradient"], title)
     common.write_log(args.out / "log.csv", log)
 
 
@@ -614,7 +641,7 @@ def draw_slopes(ax, log):
     for colour, (name, slope) in enumerate({"minimax": p, "nonsaturating": 1 - p,
                                             "lsgan": 2 * (1 - p)}.items()):
         ax.plot(p, slope, f"C{colour}", label=name)
-        rows = [row for row in log if row["loss"] in (name, f"{name}-ahead")]
+        rows = [row for row in log if row["model"] in (name, f"{name}-ahead")]
         ax.plot([row["D(G(z))"] for row in rows], [row["slope"] for row in rows], ".",
                 color=f"C{colour}", markersize=4, alpha=0.5)
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 2.05))
@@ -624,7 +651,7 @@ def draw_slopes(ax, log):
 def draw_ahead(ax, log):
     """Norm of the gradient of G's loss in all weights of G while D was ahead, against the step."""
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
-        rows = [row for row in log if row["loss"] == f"{name}-ahead"]
+        rows = [row for row in log if row["model"] == f"{name}-ahead"]
         ax.semilogy([row["step"] for row in rows], [row["gradient"] for row in rows], f"C{colour}")
     ax.set(xlabel="step")
 
@@ -637,23 +664,23 @@ def parse_args(argv=None):
     g.add_argument("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
                    default=[n for n in METHODS if n.startswith(("minimax", "nonsat", "lsgan"))],
                    help=f"{', '.join(METHODS)}, or all")
-    g.add_argument("--steps", type=common.positive_int, default=800, help="steps of G")
-    g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
+    g.add_argument("--steps", type=common.number(int, 1), default=800, help="steps of G")
+    g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("what the two players get")
-    g.add_argument("--lr-d", type=common.positive_float, help="D's rate; else the method's")
-    g.add_argument("--lr-g", type=common.positive_float, help="G's rate; else the method's")
-    g.add_argument("--d-steps", type=common.positive_int, help="D steps; else the method's")
-    g.add_argument("--g-steps", type=common.positive_int, default=1, help="G steps after them")
+    g.add_argument("--lr-d", type=common.number(float, above=0), help="D's rate; else the method's")
+    g.add_argument("--lr-g", type=common.number(float, above=0), help="G's rate; else the method's")
+    g.add_argument("--d-steps", type=common.number(int, 1), help="D steps; else the method's")
+    g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps after them")
     g.add_argument("--d-schedule", choices=["constant", "cosine", "restarts", "cyclic"],
                    default="cosine", help="how D's rate moves during the training")
     g = p.add_argument_group("what keeps D modest")
-    g.add_argument("--real-label", type=common.share, default=1.0,
+    g.add_argument("--real-label", type=common.number(float, 0, 1), default=1.0,
                    help="0.9: one-sided label smoothing, 0: flipped labels (cross-entropy only)")
-    g.add_argument("--label-noise", type=common.share, default=0.0,
+    g.add_argument("--label-noise", type=common.number(float, 0, 1), default=0.0,
                    help="fuzzy labels: width around the label (cross-entropy only)")
-    g.add_argument("--input-noise", type=common.share, default=0.0,
+    g.add_argument("--input-noise", type=common.number(float, 0, 1), default=0.0,
                    help="standard deviation of noise on D's input, in [-1, 1] units, falls to 0")
-    g.add_argument("--r1", type=common.not_negative, default=0.0, help="weight of R1, gamma")
+    g.add_argument("--r1", type=common.number(float, 0), default=0.0, help="weight of R1, gamma")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(data="digits", steps=8, n_samples=1000))
     args.loss = list(METHODS) if "all" in args.loss else list(dict.fromkeys(args.loss))
@@ -666,32 +693,37 @@ def check(args, images):
     common.check_side(images, small * 2 ** len(widths))
     for name in args.loss:
         method = METHODS[name]
-        if images.y is None and method.labels in ("condition", "guess"):
+        if images.y is None and method.labels is CGAN.labels:
             common.fail(f"{name} needs labels, and {images.name} has none")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
-        if method.pull_away and min(args.batch, len(images.x)) < 2:
+        if issubclass(method, EBGAN) and min(args.batch, len(images.x)) < 2:
             common.fail(f"{name} compares the pictures of a batch: use --batch 2 or more")
-        if method.autoencoder and args.r1:
+        if issubclass(method, EBGAN) and args.r1:
             common.fail(f"--r1 is for scores, and the D of {name} is an autoencoder")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = common.start(args)
-    images = common.load_images(args, device)
-    check(args, images)
-    saved = common.load_checkpoint(args)
-    done = saved["done"] if saved else {}
-    for name in args.loss:
-        if name not in done:
-            resumed = saved if saved and saved["loss"] == name else None
-            done[name] = train(args, name, images, device, resumed, dict(done))
-    figures(args, images, done)
-    columns = ["classes", "kl", "distance", "obeyed", "ms a step"]
-    common.print_table([f"{images.name}: loss", *columns], [
-        [name, *(f"{run.get(column, math.nan):.3g}" for column in columns)]
-        for name, run in done.items()])
+    with common.Run(args) as run:
+        images = common.load_images(args, run.device)
+        check(args, images)
+        classes = 10 if images.y is None else int(images.y.max()) + 1
+        for name in run.each(args.loss):
+            method = METHODS[name](args, classes)
+            G, z_fixed = train(run, args, method, images)
+            y = torch.arange(args.n_samples, device=run.device) % classes  # a label for each column
+            one_hot = F.one_hot(y, classes)[:, :classes * method.sees_labels]
+            samples = generate(G, with_labels(z_fixed, one_hot))
+            common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
+            common.save(G.state_dict(), args.out / f"weights_{name}.pt")
+            run.done[name] = {"log": run.rows, "pictures": common.to_uint8(samples[:60]).cpu(),
+                              **report(samples[:N_NEAREST], y[:N_NEAREST], images, method)}
+        figures(args, images, run.done)
+        columns = ["classes", "kl", "distance", "obeyed"]
+        common.print_table([f"{images.name}: loss", *columns], [
+            [name, *(f"{numbers.get(column, math.nan):.3g}" for column in columns)]
+            for name, numbers in run.done.items()])
 
 
 if __name__ == "__main__":

@@ -1,28 +1,26 @@
 r"""03 - Unrolled GAN: let G see how D will answer.
 
-Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2.
-Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))):  D climbs, G descends   -> value()
-Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)                    -> unroll()
-         G descends f(θ_G, θ_D^k(θ_G)); then D takes one step from θ_D     -> unrolled_loss_g()
-         k = 0 is the plain GAN. Large k comes near f against a D that answers perfectly: G cannot
-         win by running to one mode any more, because it sees D follow.
-See      process.png: training from left to right, k = 0 above k = 5, with D's level lines;
-         curves.png, log.csv, samples_k{k}.pt, weights_k{k}.pt (of G). Printed: modes reached of 8,
-         share of samples within 3 standard deviations of a mode (good), KL of the modes' histogram
-         to uniform in nats.
-         Measured, seeds 0 to 4: 0 or 1 modes and below 1 % good at k = 0, 8 modes and 91 to 94 % at
-         k = 5, with --method rollback 8 and 90 to 93 %: here it is enough to meet the D of later,
-         without the gradient through it. What misses are the bridges: G is continuous.
-Time     113 to 154 s on 2 CPU cores; --data grid 182 s, --data mnist 203 s; --quick 11 to 22 s.
-Differs  plain gradient steps inside the unroll and Adam outside; rates of 3e-3 and 1e-3 that fall
-         along a cosine, z of 16, batches of 128 (1e-4, 256, 512 there); D has one hidden layer of
-         512; on pictures G uses the non-saturating loss at the same θ_D^k.
-Run      python 03_unrolled_gan.py -k 0 1 5
-         python 03_unrolled_gan.py --data mnist
+Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
+Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))): D climbs f and
+         G descends it                                                -> value()
+Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)     -> unroll()
+         G descends f(θ_G, θ_D^k(θ_G)); then D takes one step from θ_D
+                                                            -> unrolled_loss_g()
+         k = 0 is the plain GAN. With a large k, G meets a D that has answered
+         already, so running to one mode of the data does not pay any more.
+See      process.png: training from left to right, k = 0 above k = 5. Printed: how
+         many of the ring's 8 modes G reaches (0 and 8), and the share of samples
+         within 3 standard deviations of a mode (good).
+Differs  The inner steps are plain gradient steps; outside Adam, at rates that fall
+         along a cosine. D has one hidden layer, of 512. On pictures G descends the
+         non-saturating loss at the same θ_D^k.
+Try      With --method rollback the gradient does not pass through D's answer.
+         Will the ring still be covered? Predict, then run.
+Run      python 03_unrolled_gan.py
+         python 03_unrolled_gan.py --data mnist -k 0 2
 """
 
 import math
-from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -30,16 +28,14 @@ from torch.nn import functional as F
 
 import common
 
-SETTINGS = {  # one setting for every k; both rates fall to 0 along a cosine
-    "ring": dict(k=[0, 5], steps=5000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
-                 eta=0.1, saturating=True),
-    "grid": dict(k=[0, 5], steps=8000, batch=128, d_z=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
-                 eta=0.1, saturating=True),
-    # a step of eta moves D(x) by about eta |x|^2, and |x|^2 is near 784: eta must be small here
-    "images": dict(k=[0, 2], steps=1200, batch=64, d_z=50, lr_g=5e-4, lr_d=5e-4, beta1=0.0,
-                   eta=0.005, saturating=False),
-}
-D_HIDDEN = 512
+# What is used where a flag is not given: the same for every k.
+POINTS = dict(k=[0, 5], steps=5000, batch=128, z_dim=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5, eta=0.1,
+              saturating=True)
+PICTURES = dict(k=[0, 2], steps=1200, batch=64, z_dim=50, lr_g=5e-4, lr_d=5e-4, beta1=0.0,
+                # a step of eta moves D(x) by about eta ‖x‖², and ‖x‖² is near 784: eta is small
+                eta=0.005, saturating=False)
+SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=8000), "pictures": PICTURES}
+D_HIDDEN = 512                   # width of the hidden layer of the D of points
 N_SAMPLES = 10_000               # for the numbers and samples_k{k}.pt
 SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the training after which a picture is kept
 
@@ -52,7 +48,9 @@ def value(D, theta, x, x_fake):
     D returns logits [B]; theta: its parameters by name; x, x_fake: [B, ...], equal shapes.
     D maximises it, G minimises it. -2 log 2 = -1.386 when D cannot tell the two apart.
     """
-    logits = torch.func.functional_call(D, theta, (torch.cat([x, x_fake]),))  # one pass
+    # functional_call: D as a function of its input and of the weights theta, which need not be
+    # the ones that D holds. One pass for real and fake.
+    logits = torch.func.functional_call(D, theta, (torch.cat([x, x_fake]),))
     logits_real, logits_fake = logits.split(len(x))
     return F.logsigmoid(logits_real).mean() + F.logsigmoid(-logits_fake).mean()
 
@@ -61,13 +59,13 @@ def unroll(D, x, x_fake, k, eta, exact=True):
     """θ_D^k: D's parameters (dict by name) after k gradient ascent steps of size eta on f.
 
     exact: the result is a differentiable function of x_fake, so of θ_G (double backward).
-    Otherwise it is a constant. D itself is not changed either way.
+    Otherwise it is a constant. The parameters of D are not changed either way.
     """
     theta = dict(D.named_parameters())
     x_fake = x_fake if exact else x_fake.detach()
     for _ in range(k):
         grads = torch.autograd.grad(value(D, theta, x, x_fake), tuple(theta.values()),
-                                    create_graph=exact)
+                                    create_graph=exact)  # keep the graph of the gradient itself
         theta = {name: p + eta * g for (name, p), g in zip(theta.items(), grads)}
         if not exact:
             theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
@@ -92,7 +90,7 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
 # --- model -------------------------------------------------------------------------------------
 
 def plane_nets(d_z):
-    """Plane points. G: d_z -> 2; D: a single hidden layer on x / 4. ReLU, orthogonal start.
+    """Points in the plane. G: z_dim -> 2; D: one hidden layer on x / 4. ReLU, orthogonal start.
 
     With a second hidden layer in D the plain GAN does not collapse (8 of 8 modes, 88 % good, seed
     0), and there is nothing to show; with tanh for ReLU it still does (2 modes).
@@ -151,62 +149,122 @@ def image_nets(d_z, c, h, w):
     return G.to(memory_format=torch.channels_last), D  # its few channels run faster side by side
 
 
-# --- data and measures -------------------------------------------------------------------------
+# --- train -------------------------------------------------------------------------------------
 
-class Task(NamedTuple):
-    """All that differs between points and pictures."""
-    name: str
-    nets: Callable      # () -> G, D
-    batches: Callable   # number of the first batch -> endless batches of data
-    measure: Callable   # samples -> dict of numbers
-    keep: Callable      # samples -> what samples_k{k}.pt holds
-    snapshot: Callable  # samples, D -> dict of tensors
-    draw: Callable      # snapshot, or None for the data -> function that fills a panel
+def train(run, args, data, k):
+    """Trains one GAN with k unrolled steps of D; returns G and the z of its samples."""
+    torch.manual_seed(args.seed)  # every k starts from the same networks
+    G, D = (net.to(run.device) for net in data.nets())
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=(args.beta1, 0.999), fused=True)
+                    for net, lr in ((G, args.lr_g), (D, args.lr_d)))
+    rate_g, rate_d = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
+                      for opt in (opt_g, opt_d))
+    z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every k
+    batches = data.batches(run)
+
+    for _ in run.steps(args.steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
+                       rate_d=rate_d):
+        # G descends f(θ_G, θ_D^k(θ_G)); the gradient is asked for G alone, D stays untouched
+        for _ in range(args.g_steps):
+            x = next(batches)
+            x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
+            loss_g = unrolled_loss_g(D, x, x_fake, k, args.eta, args.method == "exact",
+                                     args.saturating)
+            opt_g.zero_grad()
+            loss_g.backward(inputs=tuple(G.parameters()))
+            opt_g.step()
+
+        # D climbs f(θ_G, θ_D): one ordinary step, from where it was
+        for _ in range(args.d_steps):
+            x = next(batches)
+            x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
+            loss_d = -value(D, dict(D.named_parameters()), x, x_fake.detach())
+            opt_d.zero_grad()
+            loss_d.backward()
+            opt_d.step()
+
+        rate_g.step()
+        rate_d.step()
+        run.log(loss_g=loss_g, f=-loss_d)
+        if run.due(40) or run.at(SHOTS):
+            few = generate(G, z_fixed[:1000])
+            run.note(**data.measure(few))
+        if run.at(SHOTS):
+            run.kept[run.step] = {**run.rows[-1], **data.shot(few, D)}
+
+    return G, z_fixed
 
 
-def plane_task(args, setting, device):
-    """The ring of 8 or the grid of 25 Gaussians."""
-    centres, std = {"ring": (common.ring(), 0.02), "grid": (common.grid(), 0.05)}[args.data]
-    reach = 1.5 * centres.abs().max().item()
-    line = torch.linspace(-reach, reach, 60)
-    places = torch.cartesian_prod(line, line).flip(1).to(device)  # (x, y), row by row
-    data = common.gaussian_mixture(centres, std, 1000)
-    on_device = centres.to(device)
+@torch.no_grad()
+def generate(G, z):
+    """G(z), a thousand at a time."""
+    return torch.cat([G(part) for part in z.split(1000)])
 
-    def batches(_):
+
+# --- measures ----------------------------------------------------------------------------------
+
+class Points:
+    """The ring of 8 or the grid of 25 Gaussians in the plane: data, networks, measures."""
+
+    def __init__(self, run, args):
+        self.args, self.name = args, args.data
+        self.centres, self.std = {"ring": (common.ring(), 0.02),
+                                  "grid": (common.grid(), 0.05)}[args.data]
+        self.reach = 1.5 * self.centres.abs().max().item()  # half a side of the pictures
+        self.examples = common.gaussian_mixture(self.centres, self.std, 1000)
+        self.on_device = self.centres.to(run.device)
+
+    def nets(self):
+        return plane_nets(self.args.z_dim)
+
+    def batches(self, run):
         while True:
-            yield common.gaussian_mixture(on_device, std, args.batch)
+            yield common.gaussian_mixture(self.on_device, self.std, run.part(self.args.batch))
+
+    def measure(self, samples):
+        return mode_report(samples, self.on_device, self.std)
+
+    def as_file(self, samples):
+        return samples.cpu()
 
     @torch.no_grad()
-    def snapshot(samples, D):
+    def shot(self, samples, D):
+        """The samples, and D's logits on a grid of 60 x 60 places."""
+        line = torch.linspace(-self.reach, self.reach, 60)
+        places = torch.cartesian_prod(line, line).flip(1).to(samples.device)  # (x, y), row by row
         return {"points": samples.cpu(), "levels": D(places).reshape(60, 60).cpu()}
 
-    def draw(shot):
-        points, levels = (shot["points"], shot["levels"]) if shot else (data, None)
-        return lambda ax: common.draw_points(ax, points, centres, reach, levels)
-
-    return Task(args.data, lambda: plane_nets(setting["d_z"]), batches,
-                lambda x: mode_report(x, on_device, std), lambda x: x, snapshot, draw)
+    def draw(self, points, levels=None):
+        return lambda ax: common.draw_points(ax, points, self.centres, self.reach, levels)
 
 
-def image_task(args, setting, device):
-    """Pictures of any data set whose sides are divisible by 4."""
-    images = common.load_images(args, device)
-    c, h, w = images.x.shape[1:]
-    if h % 4 or w % 4:
-        common.fail(f"the pictures are {w}x{h}, G needs sides divisible by 4: change --size")
+class Pictures:
+    """Any data set of pictures whose sides are divisible by 4, with the same methods."""
 
-    def batches(first):
-        return (x for x, _ in common.batches(images, args.batch, args.seed, first))
+    def __init__(self, run, args):
+        self.args, self.images = args, common.load_images(args, run.device)
+        self.name, self.examples = self.images.name, self.images.x[:36]
+        h, w = self.images.x.shape[2:]
+        if h % 4 or w % 4:
+            common.fail(f"the pictures are {w}x{h}, G needs sides divisible by 4: change --size")
 
-    def snapshot(samples, _):
+    def nets(self):
+        return image_nets(self.args.z_dim, *self.images.x.shape[1:])
+
+    def batches(self, run):
+        return (x for x, _ in run.batches(self.images, self.args.batch))
+
+    def measure(self, samples):
+        return class_report(samples, self.images)
+
+    def as_file(self, samples):
+        return common.to_uint8(samples).cpu()
+
+    def shot(self, samples, D):
         return {"pictures": common.to_uint8(samples[:36]).cpu()}
 
-    def draw(shot):
-        return common.panel(shot["pictures"] if shot else images.x[:36], columns=6)
-
-    return Task(images.name, lambda: image_nets(setting["d_z"], c, h, w), batches,
-                lambda x: class_report(x, images), common.to_uint8, snapshot, draw)
+    def draw(self, pictures):
+        return common.panel(pictures, columns=6)
 
 
 def mode_report(x, centres, std):
@@ -247,142 +305,68 @@ def kl_to_uniform(counts):
     return torch.special.xlogy(p, len(p) * p).sum().item()
 
 
-# --- train -------------------------------------------------------------------------------------
-
-def train(args, setting, task, k, device, saved, done):
-    """Trains one GAN with k unrolled steps; returns its log, snapshots and numbers, and writes
-    samples_k{k}.pt and weights_k{k}.pt.
-
-    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
-    """
-    torch.manual_seed(args.seed)  # every k starts from the same networks
-    G, D = (net.to(device) for net in task.nets())
-    betas = setting["beta1"], 0.999
-    opt_g = torch.optim.Adam(G.parameters(), lr=setting["lr_g"], betas=betas, fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), lr=setting["lr_d"], betas=betas, fused=True)
-    rate_g = torch.optim.lr_scheduler.CosineAnnealingLR(opt_g, args.steps)
-    rate_d = torch.optim.lr_scheduler.CosineAnnealingLR(opt_d, args.steps)
-    parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
-    z_fixed = torch.randn(args.n_samples, setting["d_z"]).to(device)  # the same for every k
-
-    first, log, shots = 0, [], []
-    if saved:
-        first, log, shots = saved["step"], saved["log"], saved["shots"]
-        common.restore(saved, parts)
-    batches = task.batches(first * (args.g_steps + args.d_steps))
-    shot_steps = {math.ceil(share * args.steps) for share in SHOTS}
-    per_step = args.batch * (args.g_steps + args.d_steps)
-    show = common.progress(f"k={k}", args.steps, per_step, first)
-
-    def draw(x):
-        """As many of G's as there are in x."""
-        return G(torch.randn(len(x), setting["d_z"], device=device))
-
-    with common.ctrl_c() as pressed:
-        for step in range(first + 1, args.steps + 1):
-            # G descends f(θ_G, θ_D^k(θ_G)); the gradient is asked for G alone, D stays untouched
-            for _ in range(args.g_steps):
-                x = next(batches)
-                loss_g = unrolled_loss_g(D, x, draw(x), k, args.eta, args.method == "exact",
-                                         setting["saturating"])
-                opt_g.zero_grad()
-                loss_g.backward(inputs=tuple(G.parameters()))
-                opt_g.step()
-
-            # D climbs f(θ_G, θ_D): one ordinary step, from where it was
-            for _ in range(args.d_steps):
-                x = next(batches)
-                loss_d = -value(D, dict(D.named_parameters()), x, draw(x).detach())
-                opt_d.zero_grad()
-                loss_d.backward()
-                opt_d.step()
-
-            rate_g.step()
-            rate_d.step()
-            common.check_finite(step, loss_g=loss_g.item(), loss_d=loss_d.item())
-            show(step, loss_g=loss_g.item(), f=-loss_d.item())
-            if common.due(step, args.steps, 40) or step in shot_steps:
-                few = generate(G, z_fixed[:1000])
-                numbers = {"k": k, "step": step, "loss_g": loss_g.item(), "f": -loss_d.item(),
-                           **task.measure(few)}
-                log.append(numbers)
-                if step in shot_steps:
-                    shots.append({**numbers, **task.snapshot(few, D)})
-            if common.due(step, args.steps, 10) or pressed():
-                common.save_checkpoint(args, parts, k=k, step=step, log=log, shots=shots, done=done)
-            if pressed():
-                common.stop(step)
-
-    samples = generate(G, z_fixed)
-    common.save(task.keep(samples).cpu(), args.out / f"samples_k{k}.pt")
-    common.save(G.state_dict(), args.out / f"weights_k{k}.pt")
-    return {"log": log, "shots": shots, **task.measure(samples)}
-
-
-@torch.no_grad()
-def generate(G, z):
-    """G(z), a thousand at a time."""
-    return torch.cat([G(part) for part in z.split(1000)])
-
-
 # --- figures -----------------------------------------------------------------------------------
 
-def figures(args, task, done):
-    """process.png: training from left to right, a row for each k; curves.png: the log as curves."""
-    def caption(shot):
-        numbers = [f"{name} {shot[name]:.3g}" for name in ("modes", "classes", "good")
-                   if name in shot]
-        return f"step {shot['step']:,}\n{', '.join(numbers)}"
-
-    rows = [(f"k = {k}", [("data\n", task.draw(None))]
-             + [(caption(shot), task.draw(shot)) for shot in run["shots"]])
-            for k, run in done.items()]
-    title = f"Unrolled GAN on {task.name}: {args.method}, seed {args.seed}"
+def figures(args, data, done):
+    """process.png: training from left to right, a row for each k; curves.png; log.csv."""
+    rows = []
+    for name, numbers in done.items():
+        cells = [("data\n", data.draw(data.examples))]
+        for shot in numbers["shots"].values():
+            shown = [f"{key} {shot[key]:.3g}" for key in ("modes", "classes", "good")
+                     if key in shot]
+            tensors = {key: value for key, value in shot.items() if torch.is_tensor(value)}
+            cells.append((f"step {shot['step']:,}\n{', '.join(shown)}", data.draw(**tensors)))
+        rows.append((name, cells))
+    title = f"Unrolled GAN on {data.name}: {args.method}, seed {args.seed}"
     common.save_panels(args.out / "process.png", rows, title)
-    log = [row for run in done.values() for row in run["log"]]
-    common.plot_curves(args.out / "curves.png", log, list(log[0])[2:], "k", title)
+    log = [row for numbers in done.values() for row in numbers["log"]]
+    common.plot_curves(args.out / "curves.png", log, list(log[0])[2:], title)
     common.write_log(args.out / "log.csv", log)
 
 
 # --- main --------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = common.parser(__doc__, __file__, data="ring", data_help="ring, grid (plane points), mnist, "
-                      "fashion, cifar10, digits (drawn, no download), or a folder of pictures")
+    p = common.parser(__doc__, __file__, data="ring", data_help="ring, grid (points in the plane), "
+                      "mnist, fashion, cifar10, digits (drawn, no download), or a folder of pictures")
     g = p.add_argument_group("unrolling")
-    g.add_argument("-k", type=common.whole_number, nargs="+", metavar="K",
+    g.add_argument("-k", type=common.number(int, 0), nargs="+", metavar="K",
                    help="unrolled steps of D to compare; if not given: 0 5, for pictures 0 2")
     g.add_argument("--method", choices=["exact", "rollback"], default="exact",
                    help="does G's gradient flow through the unrolled steps?")
-    g.add_argument("--eta", type=common.positive_float, help="size of an unrolled step")
-    g.add_argument("--steps", type=common.positive_int, help="training steps for each k")
-    g.add_argument("--batch", type=common.positive_int, help="points or pictures in a batch")
-    g.add_argument("--g-steps", type=common.positive_int, default=1, help="G steps per step")
-    g.add_argument("--d-steps", type=common.positive_int, default=1, help="D steps per step")
+    g.add_argument("--eta", type=common.number(float, above=0),
+                   help="size of an unrolled step; if not given: 0.1, for pictures 0.005")
+    g.add_argument("--steps", type=common.number(int, 1), help="training steps for each k; if not "
+                   "given: 5000, for the grid 8000, for pictures 1200")
+    g.add_argument("--batch", type=common.number(int, 1), help="points or pictures in a batch; if "
+                   "not given: 128, for pictures 64")
+    g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps per step")
+    g.add_argument("--d-steps", type=common.number(int, 1), default=1, help="D steps per step")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(n_samples=1000))
-    setting = SETTINGS.get(args.data, SETTINGS["images"])
-    args.k = list(dict.fromkeys(args.k or setting["k"]))
-    args.eta = args.eta or setting["eta"]
-    args.batch = args.batch or setting["batch"]
-    args.steps = args.steps or setting["steps"] // (40 if args.quick else 1)
-    return args, setting
+    for name, value in SETTINGS.get(args.data, PICTURES).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value // 40 if name == "steps" and args.quick else value)
+    return args
 
 
 def main(argv=None):
-    args, setting = parse_args(argv)
-    device = common.start(args)
-    task = (plane_task if args.data in ("ring", "grid") else image_task)(args, setting, device)
-    saved = common.load_checkpoint(args)
-    done = saved["done"] if saved else {}
-    for k in args.k:
-        if k not in done:
-            resumed = saved if saved and saved["k"] == k else None
-            done[k] = train(args, setting, task, k, device, resumed, dict(done))
-    figures(args, task, done)
-    columns = [name for name in next(iter(done.values())) if name not in ("log", "shots")]
-    common.print_table([f"{task.name}: k", *columns], [
-        [k, *(f"{run[column]:.4g}" for column in columns)] for k, run in done.items()])
+    args = parse_args(argv)
+    with common.Run(args) as run:
+        data = Points(run, args) if args.data in ("ring", "grid") else Pictures(run, args)
+        models = {f"k={k}": k for k in args.k}
+        for name in run.each(models):
+            G, z_fixed = train(run, args, data, models[name])
+            samples = generate(G, z_fixed)
+            common.save(data.as_file(samples), args.out / f"samples_k{models[name]}.pt")
+            common.save(G.state_dict(), args.out / f"weights_k{models[name]}.pt")
+            run.done[name] = {"log": run.rows, "shots": run.kept, **data.measure(samples)}
+        figures(args, data, run.done)
+        columns = [key for key in next(iter(run.done.values())) if key not in ("log", "shots")]
+        common.print_table([f"{data.name}: model", *columns], [
+            [name, *(f"{numbers[column]:.4g}" for column in columns)]
+            for name, numbers in run.done.items()])
 
 
 if __name__ == "__main__":

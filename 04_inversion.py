@@ -1,28 +1,26 @@
-r"""04 - Inversion: given a picture x, find the z from which a trained generator draws it.
+r"""04 - Inversion: given a picture x, find the z from which G draws it.
 
-Papers   Creswell, Bharath 2016, arXiv:1611.05644 (inversion by gradient descent); Lipton, Tripathi
-         2017, arXiv:1702.04782 (a generator's own pictures can be found again); Zhu et al. 2016,
-         arXiv:1609.03552 (encoder first, then optimisation).
-Idea     z* = argmin_z ‖G(z) - x‖² from R starts, the best start kept for each picture   -> invert()
-         E descends mean (E(G(z)) - z)² + mean (G(E(x)) - x)²                      -> encoder_loss()
-         Hybrid: the only start is E(x), with as many steps as all the random starts together.
-See      inversion.png: targets above what was found; starts.png: the error of every start;
-         worst.png: what G cannot draw; between.png: from one test picture to another; samples.pt,
-         log.csv, and generator.pt, which the next run takes instead of training.
-         On MNIST, 240 steps for each picture, mean squared errors: of 200 pictures of G the hybrid
-         finds 196 again, three random starts of 80 steps 1. 400 test digits: 0.051 from random
-         starts, 0.058 by the encoder, 0.0071 by the hybrid (0.001 for a 1, 0.011 for a 6). So most
-         of what random starts leave is the search's fault, not G's: with 240 steps each they find
-         98 of the 200, and have 0.013 on test digits. The hybrid's z has norm 9.4, draws of N(0, I)
-         have 8.0: G is made to draw what it hardly ever would.
-Time     3 to 4.5 min on 2 CPU cores, 1.6 min with the kept generator.
-Differs  Adam with beta2 = 0.9 for z; the generator is chapter 02's nonsaturating, 1,000 steps.
+Papers   Creswell, Bharath 2016, arXiv:1611.05644 (z by gradient descent);
+         Lipton, Tripathi 2017, arXiv:1702.04782 (a generator's own pictures);
+         Zhu et al. 2016, arXiv:1609.03552 (an encoder first, then descent)
+Idea     z* = argmin_z ‖G(z) - x‖², the best of several starts       -> invert()
+         An encoder E that guesses z descends
+         mean (E(G(z)) - z)² + mean (G(E(x)) - x)²            -> encoder_loss()
+         Hybrid: E(x) is the only start, with as many steps as all random ones.
+See      inversion.png: pictures, and what was found for them. starts.png: the
+         error of every start. worst.png: details that G does not draw.
+         between.png: from one test picture to another. The next run takes G and
+         E from generator.pt. Printed: mean squared errors. On test digits of
+         MNIST random starts leave 0.051, the hybrid 0.0071 for the same work:
+         most of what random starts miss is the fault of the search, not of G.
+Differs  Adam with beta2 = 0.9 moves z; G and D are trained for 1,000 steps.
+Try      --starts 10 --invert-steps 24 is as much work as 3 starts of 80 steps.
+         Are more starts or longer ones better? Predict, then run.
 Run      python 04_inversion.py
          python 04_inversion.py --starts 5 --invert-steps 200
 """
 
 import math
-import time
 
 import torch
 from torch import nn
@@ -31,11 +29,11 @@ from torchvision.utils import draw_bounding_boxes
 
 import common
 
-LR, ADAM_BETAS = 4e-3, (0.0, 0.999)  # of G and D; E has the rate, and the usual betas
+LR, ADAM_BETAS = 4e-3, (0.0, 0.999)  # of G and D; E has the same rate and Adam's usual betas
 FOUND = 0.001                    # mean squared error below which a picture counts as found again
 N_SELF, N_TEST = 200, 400        # pictures of G, and of the test set, that are inverted
 N_SAMPLES = 10_000               # pictures in samples.pt
-CHUNK = 125                      # rows of z in one batch: 500 leave the cache, 1.1 times the time
+CHUNK = 125                      # rows of z in one batch: 500 do not fit into a CPU's cache
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -50,36 +48,39 @@ def invert(G, x, z0, steps, lr):
 
     x: [N, C, H, W]; z0: [N, R, d]. The rate falls from lr to 0 along a cosine. Returns z [N, d] of
     the start that ends best for each picture, and the errors [N, R, steps + 1] on the way of every
-    start, mean squares in the units of x. G's weights are left alone. Raises ValueError if G is in
-    training mode: batch norm would let the pictures of a batch change each other.
+    start, mean squares in the units of x. A start that ends at nan loses to all others. G's weights
+    are left alone. Raises ValueError if G is in training mode, in which batch norm would let the
+    pictures of a batch change each other.
     """
     if any(module.training for module in G.modules()):
         raise ValueError("G must be in evaluation mode: call G.eval()")
     n, r, d = z0.shape
-    z = z0.detach().clone().view(n * r, d).requires_grad_()  # Adam moves it in place
+    z = z0.detach().clone().reshape(n * r, d).requires_grad_()  # Adam moves it in place
     target = x.repeat_interleave(r, dim=0)
-    opt = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.9))  # 0.999: twice the steps
+    opt = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.9))  # beta2 = 0.999 needs twice the steps
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     errors = []
     for _ in range(steps):
         error = squared_error(G(z), target)
         opt.zero_grad()
-        error.sum().backward(inputs=[z])  # the sum: each row gets the gradient of its own error
+        error.sum().backward(inputs=[z])  # of a sum each row gets its own gradient
         opt.step()
         rate.step()
         errors.append(error.detach())
     with torch.no_grad():
         errors.append(squared_error(G(z), target))
-    errors = torch.stack(errors, dim=1).view(n, r, steps + 1)
-    best = errors[:, :, -1].argmin(dim=1)
-    return z.detach().view(n, r, d)[torch.arange(n), best], errors
+    errors = torch.stack(errors, dim=1).reshape(n, r, steps + 1)
+    last = errors[:, :, -1]
+    best = torch.where(last.isnan(), math.inf, last).argmin(dim=1)  # argmin would prefer a nan
+    return z.detach().reshape(n, r, d)[torch.arange(n), best], errors
 
 
 def encoder_loss(E, G, x, z):
     """mean (E(G(z)) - z)² + mean (G(E(x)) - x)²: codes of G's pictures, and pixels of real ones.
 
-    x: [B, C, H, W] in [-1, 1]; z: [B, d] drawn from N(0, I). The first term alone never sees a
-    real picture; the second alone may leave the region where G draws well. G is not to be trained.
+    x: [B, C, H, W] in [-1, 1]; z: [B, d] drawn from N(0, I). With the first term alone E never sees
+    a real picture; with the second alone its codes may leave the region where G draws well. The
+    gradient flows through G into E; G itself is not to be trained with it.
     """
     return F.mse_loss(E(G(z)), z) + F.mse_loss(G(E(x)), x)
 
@@ -127,14 +128,98 @@ def encoder(d_z, c, side):
                          nn.BatchNorm1d(512), nn.SiLU(), nn.Linear(512, d_z))
 
 
+# --- train -------------------------------------------------------------------------------------
+
+def train_generator(run, args, G, D, images):
+    """Trains G against D; returns the log and G's weights."""
+    lr = LR * min(1.0, (28 / images.x.shape[2]) ** 2)  # deeper nets diverge at a rate of 4e-3
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
+                    for net in (G, D))
+    rate_g, rate_d = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
+                      for opt in (opt_g, opt_d))
+    batches = run.batches(images, args.batch)
+
+    for _ in run.steps(args.steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
+                       rate_d=rate_d):
+        # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), G untouched
+        x, _ = next(batches)
+        x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
+        real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
+        loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+        opt_d.zero_grad()
+        loss_d.backward()
+        opt_d.step()
+
+        # G descends -E log σ(D(G(z))), D untouched
+        loss_g = F.softplus(-D(x_fake)).mean()
+        opt_g.zero_grad()
+        loss_g.backward(inputs=tuple(G.parameters()))
+        opt_g.step()
+
+        rate_d.step()
+        rate_g.step()
+        run.log(loss_d=loss_d, loss_g=loss_g)
+
+    return {"log": run.rows, "weights": G.state_dict()}
+
+
+def train_encoder(run, args, G, E, images):
+    """Trains E for the finished G, which stays as it is; returns the log and E's weights."""
+    G.eval().requires_grad_(False)
+    opt_e = torch.optim.Adam(E.parameters(), lr=LR, fused=True)
+    rate_e = torch.optim.lr_scheduler.CosineAnnealingLR(opt_e, args.encoder_steps)
+    batches = run.batches(images, args.batch)
+
+    for _ in run.steps(args.encoder_steps, E=E, opt_e=opt_e, rate_e=rate_e):
+        # E descends the errors of codes and of pixels, G untouched
+        x, _ = next(batches)
+        z = torch.randn(len(x), args.z_dim, device=run.device)
+        loss_e = encoder_loss(E, G, x, z)
+        opt_e.zero_grad()
+        loss_e.backward()
+        opt_e.step()
+        rate_e.step()
+        run.log(loss_e=loss_e)
+
+    return {"log": run.rows, "weights": E.state_dict()}
+
+
+def trained(run, args, images):
+    """G, E and the log of their training: trained now, unless generator.pt has kept them."""
+    torch.manual_seed(args.seed)
+    c, side = images.x.shape[1:3]
+    G, D, E = (net.to(run.device) for net in (
+        generator(args.z_dim, c, side), discriminator(c, side), encoder(args.z_dim, c, side)))
+    flags = ("seed", "z_dim", "steps", "encoder_steps", "batch")
+    decided = {"shape": str([c, side, side]), "data": images.name} | {
+        name: str(getattr(args, name)) for name in flags}  # what the weights depend on
+    path = common.kept_path(args, "generator")
+    if path.exists():
+        kept = common.load_kept(path, ("G", "E", "log"), decided)
+    else:
+        for name in run.each(["generator"]):
+            run.done[name] = train_generator(run, args, G, D, images)
+        G.load_state_dict(run.done["generator"]["weights"])  # it may be from before --resume
+        for name in run.each(["encoder"]):
+            run.done[name] = train_encoder(run, args, G, E, images)
+        first, second = run.done["generator"], run.done["encoder"]
+        kept = {"settings": decided, "G": first["weights"], "E": second["weights"],
+                "log": first["log"] + second["log"]}
+        common.save(kept, path)
+    for net, name in ((G, "G"), (E, "E")):
+        net.load_state_dict(kept[name])
+        net.eval().requires_grad_(False)
+    return G, E, kept["log"]
+
+
 # --- measures ----------------------------------------------------------------------------------
 
 def report(x, x_rec, z, z_true, y):
     """Errors of x_rec [N, C, H, W] beside x in [-1, 1] units; with labels y [N] for each class too.
 
     mse: mean over all pictures; psnr: 10 log10(2² / mse), dB; found: share with an error below
-    FOUND; norm: of z [N, d], √d for draws of N(0, I); z error: mean (z - z_true)², 2 for two
-    unrelated draws, nan where z_true is None.
+    FOUND; norm: of z [N, d], about √d for draws of N(0, I); z error: mean (z - z_true)², which is 2
+    for two unrelated draws, and nan where z_true is None.
     """
     error = squared_error(x, x_rec)
     numbers = {"mse": error.mean().item(), "psnr": 10 * torch.log10(4 / error.mean()).item(),
@@ -146,7 +231,7 @@ def report(x, x_rec, z, z_true, y):
 
 
 def worst_window(x, x_rec, width):
-    """Where G fails most: mean squared error of the worst window, and the row and column it begins.
+    """Where G fails most: mean squared error of the worst window, its first row, its first column.
 
     x, x_rec: [N, C, H, W]; the window is a square of `width` pixels; returns three tensors [N].
     """
@@ -155,133 +240,88 @@ def worst_window(x, x_rec, width):
     return value, at // means.shape[3], at % means.shape[3]
 
 
-# --- train -------------------------------------------------------------------------------------
-
-def train(args, images, device, saved):
-    """Trains G against D, then E against the finished G; returns what generator.pt keeps of it.
-
-    saved: the checkpoint to go on from, or None.
-    """
-    torch.manual_seed(args.seed)
-    c, side = images.x.shape[1:3]
-    G, D, E = (net.to(device) for net in (generator(args.z_dim, c, side), discriminator(c, side),
-                                          encoder(args.z_dim, c, side)))
-    lr = LR * min(1.0, (28 / side) ** 2)  # at 64, two layers more, 02 diverged at 4e-3
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
-                    for net in (G, D))
-    opt_e = torch.optim.Adam(E.parameters(), lr=LR, fused=True)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-    rate_g, rate_d = cosine(opt_g, args.steps), cosine(opt_d, args.steps)
-    rate_e = cosine(opt_e, args.encoder_steps)
-    parts = dict(G=G, D=D, E=E, opt_g=opt_g, opt_d=opt_d, opt_e=opt_e,
-                 rate_g=rate_g, rate_d=rate_d, rate_e=rate_e)
-
-    first, log, total = 0, [], args.steps + args.encoder_steps
-    if saved:
-        first, log = saved["step"], saved["log"]
-        common.restore(saved, parts)
-    batches = common.batches(images, args.batch, args.seed, first)
-    show = common.progress("generator, encoder", total, args.batch, first)
-
-    with common.ctrl_c() as pressed:
-        for step in range(first + 1, total + 1):
-            x = next(batches)[0]
-            z = torch.randn(len(x), args.z_dim, device=device)
-            G.train(step <= args.steps)
-            if step <= args.steps:
-                # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), G untouched
-                x_fake = G(z)
-                real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
-                loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
-                opt_d.zero_grad()
-                loss_d.backward()
-                opt_d.step()
-
-                # G descends -E log σ(D(G(z))), D untouched
-                loss_g = F.softplus(-D(x_fake)).mean()
-                opt_g.zero_grad()
-                loss_g.backward(inputs=tuple(G.parameters()))
-                opt_g.step()
-
-                rate_d.step()
-                rate_g.step()
-                losses = {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
-            else:
-                # E alone descends its errors, of codes and of pixels
-                loss_e = encoder_loss(E, G, x, z)
-                opt_e.zero_grad()
-                loss_e.backward(inputs=tuple(E.parameters()))
-                opt_e.step()
-                rate_e.step()
-                losses = {"loss_e": loss_e.item()}
-
-            common.check_finite(step, **losses)
-            show(step, **losses)
-            if common.due(step, total, 40) or step == args.steps:
-                log.append({"step": step, **losses})
-            if common.due(step, total, 10) or pressed():
-                common.save_checkpoint(args, parts, step=step, log=log)
-            if pressed():
-                common.stop(step)
-
-    return {"settings": trained_with(args, images), "log": log, "G": G.state_dict(),
-            "E": E.state_dict()}
-
-
-def trained_with(args, images):
-    """What decided the weights in generator.pt, as text."""
-    names = ("seed", "z_dim", "steps", "encoder_steps", "batch")
-    return {"shape": str(list(images.x.shape[1:])), "data": images.name} \
-        | {name: str(getattr(args, name)) for name in names}
-
-
-# --- invert ------------------------------------------------------------------------------------
-
 def optimise(G, x, z0, steps, lr, label):
-    """invert(), CHUNK rows of z at a time."""
+    """invert(), CHUNK rows of z at a time; shows its progress."""
     at_once = max(1, CHUNK // z0.shape[1])
     parts = list(zip(x.split(at_once), z0.split(at_once)))
-    rows = min(len(x), at_once) * z0.shape[1]
-    show = common.progress(label, len(parts), rows * steps)
+    show = common.progress(label, len(parts))
     found = []
     for i, (targets, starts) in enumerate(parts, start=1):
         found.append(invert(G, targets, starts, steps, lr))
-        show(i, error=found[-1][1][:, :, -1].amin(dim=1).mean().item())
+        show(i, i * at_once, error=found[-1][1][:, :, -1].amin(dim=1).mean().item())
     z, errors = zip(*found)
     return torch.cat(z), torch.cat(errors)
 
 
 def invert_all(args, G, E, x, z_true, y, label):
-    """x by three methods: for each z, its picture, the errors of all starts, numbers, seconds.
-
-    hybrid: one start, from the encoder, with as many steps as all the random starts together.
-    """
+    """x by three methods: for each of them z, its pictures, the errors of all starts, numbers."""
     torch.manual_seed(args.seed)
     z_random = torch.randn(len(x), args.starts, args.z_dim).to(x.device)
     z_encoder = torch.cat([E(part) for part in x.split(CHUNK)])[:, None]
     results = {}
-    for method, z0, steps in (("optimisation", z_random, args.invert_steps),
+    for method, z0, steps in (("random starts", z_random, args.invert_steps),
                               ("encoder", z_encoder, 0),
                               ("hybrid", z_encoder, args.starts * args.invert_steps)):
-        began = time.monotonic()
         z, errors = optimise(G, x, z0, steps, args.invert_lr, f"{label}, {method}")
         x_rec = torch.cat([G(part) for part in z.split(CHUNK)])
         results[method] = {"z": z, "x_rec": x_rec, "errors": errors,
-                           **report(x, x_rec, z, z_true, y), "seconds": time.monotonic() - began}
+                           **report(x, x_rec, z, z_true, y)}
     return results
 
 
 # --- figures -----------------------------------------------------------------------------------
 
-def first(x, n):
-    """The first n of x, again from the beginning if there are fewer."""
-    return x[torch.arange(n, device=x.device) % len(x)]
+def figures(args, name, G, x, y, results, samples):
+    """inversion.png, starts.png, worst.png, between.png."""
+    title = f"Inversion on {name}, seed {args.seed}"
+    common.save_panels(args.out / "inversion.png", [(label, [
+        (f"{method}\n{run['psnr']:.1f} dB", common.panel(beside(x[label][:32], run["x_rec"][:32])))
+        for method, run in methods.items()]) for label, methods in results.items()],
+        f"{title}: each picture left of what was found for it")
+    starts_figure(args.out / "starts.png", title, results["test"])
+
+    best = results["test"]["hybrid"]  # what it leaves is the fault of G
+    common.save_panels(args.out / "worst.png", [("", [
+        ("samples of G", common.panel(common.to_uint8(samples[:64]))),
+        ("worst windows of test pictures,\neach left of what was found",
+         common.panel(worst(x["test"], best["x_rec"], y)))])], title)
+
+    common.save_panels(args.out / "between.png", [("", [
+        ("between the z of two test pictures\n(the ends: what was found)",
+         common.panel(common.to_uint8(G(between(best["z"]))), 9)),
+        ("between their pixels", common.panel(common.to_uint8(between(x["test"])), 9))])], title)
 
 
-def above(x, x_rec):
-    """Four rows of eight pictures, each above a row of what was found for them, uint8."""
-    rows = torch.stack([first(part, 32).unflatten(0, (4, 8)) for part in (x, x_rec)], dim=1)
-    return common.to_uint8(rows.flatten(0, 2))
+def beside(x, x_rec):
+    """Each picture left of what was found for it, uint8 [2 N, C, H, W]."""
+    return common.to_uint8(torch.stack([x, x_rec], dim=1).flatten(0, 1))
+
+
+def starts_figure(path, title, methods):
+    """The error of every start of five test pictures against the step."""
+    n = min(5, len(methods["hybrid"]["errors"]))
+    fig, axes = common.figure(1, n, 2.2 * n, 2.8, f"{title}: every start of {n} test pictures")
+    for i, ax in enumerate(axes[0]):
+        for method, colour in (("random starts", "C0"), ("hybrid", "C3")):
+            curves = methods[method]["errors"][i].T.cpu().numpy()  # a column for each start
+            ax.semilogy(curves, colour, linewidth=1)[0].set_label(method)
+        ax.set_ylim(1e-4, 1)
+    axes[0, 0].set_ylabel("mean squared error")
+    fig.supxlabel("step", fontsize="medium")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    common.save_figure(fig, path)
+
+
+def worst(x, x_rec, y):
+    """The 20 pictures with the worst windows, as many of each class, beside what was found."""
+    width = x.shape[3] // 4
+    value, top, left = worst_window(x, x_rec, width)
+    y = torch.zeros_like(top) if y is None else y
+    groups = [(y == k).nonzero()[:, 0] for k in y.unique()]
+    chosen = torch.cat([group[value[group].argsort(descending=True)][:20 // len(groups)]
+                        for group in groups])
+    top, left = (at[chosen].repeat_interleave(2) for at in (top, left))
+    return framed(beside(x[chosen], x_rec[chosen]), top, left, width)
 
 
 def framed(x, top, left, width):
@@ -291,69 +331,14 @@ def framed(x, top, left, width):
                         for picture, box in zip(x.cpu(), boxes)])
 
 
-def figures(args, name, G, x, y, results, samples):
-    """inversion.png, starts.png, worst.png, between.png."""
-    title = f"Inversion on {name}, seed {args.seed}"
-    common.save_panels(args.out / "inversion.png", [(label, [
-        (f"{method}\n{run['psnr']:.1f} dB", common.panel(above(x[label], run["x_rec"])))
-        for method, run in methods.items()]) for label, methods in results.items()],
-        f"{title}: targets above what was found")
-
-    common.save_panels(args.out / "starts.png", [("", [
-        (f"target {i}", lambda ax, i=i: draw_starts(ax, results["test"], i))
-        for i in range(min(5, len(x["test"])))])],
-        f"{title}: error of every start against the step, random (blue), the encoder's (red)")
-
-    best = results["test"]["hybrid"]  # what is left is G's fault
-    details = worst(x["test"], best["x_rec"], y)
-    half = (len(details) // 8 + 1) // 2 * 8
-    cells = [("samples of G", common.panel(common.to_uint8(samples[:64]))),
-             ("worst-drawn details: target,\nand what comes nearest", common.panel(details[:half]))]
-    if y is not None:
-        maps = error_maps(x["test"], best["x_rec"], y)
-        cells += [("(the other classes)", common.panel(details[half:])),
-                  ("mean squared error of each\nclass, 0 (black) to 0.1", common.panel(maps, 4))]
-    common.save_panels(args.out / "worst.png", [("", cells)], title)
-
-    common.save_panels(args.out / "between.png", [("", [
-        ("between the z of two test pictures\n(the ends: what was found)",
-         common.panel(common.to_uint8(G(between(best["z"]))), 9)),
-        ("between their pixels", common.panel(common.to_uint8(between(x["test"])), 9))])], title)
-
-
 def between(v):
-    """(1 - a) v[i] + a v[i + 1] for a = 0, 1/8, ..., 1, and i = 0, 2, ..., 14: 72 rows."""
+    """(1 - a) v[i] + a v[i + 1] for a = 0, 1/8, ..., 1, and i = 0, 2, ..., 14: 72 rows.
+
+    If v has fewer than 16 rows, it begins again after the last.
+    """
     a = torch.linspace(0, 1, 9, device=v.device).view(9, *[1] * (v.ndim - 1))
-    ends = first(v, 16).unflatten(0, (8, 2))
+    ends = v[torch.arange(16, device=v.device) % len(v)].unflatten(0, (8, 2))
     return torch.cat([(1 - a) * one + a * other for one, other in ends])
-
-
-def draw_starts(ax, methods, i):
-    """Error of each start of target i against the step, for both searches, on a log axis."""
-    for method, colour in (("optimisation", "C0"), ("hybrid", "C3")):
-        for curve in methods[method]["errors"][i].cpu():
-            ax.semilogy(curve.numpy(), colour, linewidth=1)
-    ax.set(xlabel="step", ylim=(1e-4, 1))  # the same for all targets
-
-
-def worst(x, x_rec, y):
-    """The four pictures of each class whose worst window is worst, beside what was found."""
-    width = x.shape[3] // 4
-    value, top, left = worst_window(x, x_rec, width)
-    groups = [torch.arange(len(x), device=x.device)] if y is None else \
-        [(y == k).nonzero()[:, 0] for k in y.unique()]
-    chosen = torch.cat([first(group[value[group].argsort(descending=True)], 4)
-                        for group in groups])
-    both = [framed(common.to_uint8(part[chosen]), top[chosen], left[chosen], width)
-            for part in (x, x_rec)]
-    return torch.stack(both, dim=1).flatten(0, 1)
-
-
-def error_maps(x, x_rec, y):
-    """Mean squared error of each pixel for each class, 0 to 0.1 as black to white."""
-    squares = ((x - x_rec) ** 2).mean(dim=1, keepdim=True)
-    maps = torch.stack([squares[y == k].mean(dim=0) for k in y.unique()])
-    return common.to_uint8(20 * maps - 1)
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -361,14 +346,16 @@ def error_maps(x, x_rec, y):
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("the generator and the encoder, trained once and kept in generator.pt")
-    g.add_argument("--z-dim", type=common.positive_int, default=64, help="length of z")
-    g.add_argument("--steps", type=common.positive_int, default=1000, help="steps of G and D")
-    g.add_argument("--encoder-steps", type=common.positive_int, default=500, help="steps of E")
-    g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
+    g.add_argument("--steps", type=common.number(int, 1), default=1000, help="steps of G and D")
+    g.add_argument("--encoder-steps", type=common.number(int, 1), default=500, help="steps of E")
+    g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("inversion")
-    g.add_argument("--starts", type=common.positive_int, default=3, help="starts for each picture")
-    g.add_argument("--invert-steps", type=common.positive_int, default=80, help="for each start")
-    g.add_argument("--invert-lr", type=common.positive_float, default=0.1, help="Adam's rate for z")
+    g.add_argument("--starts", type=common.number(int, 1), default=3,
+                   help="random starts for each picture")
+    g.add_argument("--invert-steps", type=common.number(int, 1), default=80, help="for each start")
+    g.add_argument("--invert-lr", type=common.number(float, above=0), default=0.1,
+                   help="Adam's rate for z, falls to 0")
     p.set_defaults(n_self=N_SELF, n_test=N_TEST, n_samples=N_SAMPLES)
     return common.parse(p, argv, quick=dict(
         data="digits", steps=10, encoder_steps=6, invert_steps=8, n_self=20, n_test=20,
@@ -379,49 +366,44 @@ def check(args, images):
     """Ends the run if the flags do not fit the data."""
     widths, small = channels(images.x.shape[2])
     common.check_side(images, small * 2 ** len(widths))
-    if min(args.batch, len(images.x)) < 2:
-        common.fail("batch norm needs more than one picture: use --batch 2 or more")
+    least = 2 * common.processes()
+    if min(args.batch, len(images.x)) < least:
+        common.fail(f"batch norm needs more than one picture: use --batch {least} or more")
+
+
+def print_tables(name, results):
+    """Numbers by pictures and method; errors of test pictures by class, if the data have labels."""
+    columns = ["mse", "psnr", "found", "norm", "z error"]
+    common.print_table([f"{name}: pictures", "method", *columns], [
+        [label, method, *(f"{run[column]:.3g}" for column in columns)]
+        for label, methods in results.items() for method, run in methods.items()])
+    methods = results["test"]
+    classes = [column for column in methods["encoder"] if column.startswith("class")]
+    if classes:
+        common.print_table(["error of test pictures", *methods], [
+            [column, *(f"{run[column]:.4f}" for run in methods.values())] for column in classes])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = common.start(args)
-    images = common.load_images(args, device)
-    test = common.load_images(args, device, train=False)
-    check(args, images)
-    saved = common.load_checkpoint(args)
-    path = common.kept_path(args, "generator")
-    if path.exists():
-        kept = common.load_kept(path, ("G", "E", "log"), trained_with(args, images))
-    else:
-        kept = train(args, images, device, saved)
-        common.save(kept, path)
-    c, side = images.x.shape[1:3]
-    G, E = generator(args.z_dim, c, side), encoder(args.z_dim, c, side)
-    for net, name in ((G, "G"), (E, "E")):
-        net.load_state_dict(kept[name])
-        net.to(device).eval().requires_grad_(False)
+    with common.Run(args) as run:
+        images = common.load_images(args, run.device)
+        test = common.load_images(args, run.device, train=False)
+        check(args, images)
+        G, E, log = trained(run, args, images)
 
-    torch.manual_seed(args.seed)
-    z = torch.randn(args.n_samples, args.z_dim).to(device)
-    samples = torch.cat([G(part) for part in z.split(1000)])
-    common.save(common.to_uint8(samples).cpu(), args.out / "samples.pt")
-    x = {"generated": samples[:args.n_self], "test": common.to_float(test.x[:args.n_test])}
-    y = None if test.y is None else test.y[:args.n_test]
-    results = {"generated": invert_all(args, G, E, x["generated"], z[:args.n_self], None,
-                                       "generated"),
-               "test": invert_all(args, G, E, x["test"], None, y, "test")}
-    figures(args, images.name, G, x, y, results, samples)
-    common.write_log(args.out / "log.csv", kept["log"])
-    columns = ["mse", "psnr", "found", "norm", "z error", "seconds"]
-    common.print_table([f"{images.name}: pictures", "method", *columns], [
-        [name, method, *(f"{run[column]:.3g}" for column in columns)]
-        for name, methods in results.items() for method, run in methods.items()])
-    if y is not None:
-        methods = results["test"]
-        common.print_table(["error of test pictures", *methods], [
-            [name, *(f"{run[name]:.4f}" for run in methods.values())]
-            for name in methods["encoder"] if name.startswith("class")])
+        torch.manual_seed(args.seed)
+        z = torch.randn(args.n_samples, args.z_dim).to(run.device)
+        samples = torch.cat([G(part) for part in z.split(1000)])
+        common.save(common.to_uint8(samples).cpu(), args.out / "samples.pt")
+        x = {"generated": samples[:args.n_self], "test": common.to_float(test.x[:args.n_test])}
+        y = None if test.y is None else test.y[:args.n_test]
+        results = {"generated": invert_all(args, G, E, x["generated"], z[:args.n_self], None,
+                                           "generated"),
+                   "test": invert_all(args, G, E, x["test"], None, y, "test")}
+        figures(args, images.name, G, x, y, results, samples)
+        common.write_log(args.out / "log.csv", log)
+        print_tables(images.name, results)
 
 
 if __name__ == "__main__":

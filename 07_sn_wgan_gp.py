@@ -1,29 +1,22 @@
-r"""07 - Spectral norm, Wasserstein loss, gradient penalty; and how generators are scored.
+r"""07 - Three ways to hold D's slope, and two ways to score what G draws.
 
-Papers   Arjovsky 2017, arXiv:1701.07875 (Wasserstein loss, clipping); Gulrajani 2017,
-         arXiv:1704.00028 (gradient penalty); Miyato 2018, arXiv:1802.05957 (spectral norm);
-         Salimans 2016, arXiv:1606.03498 (inception score); Heusel 2017, arXiv:1706.08500 (FID).
-Idea     W1(p, q) = max over f of slope <= 1 of E_p f - E_q f: D is that f            -> wgan_d()
-         Three ways to hold the slope: clip D's weights                                 -> clip()
-         divide each layer by its largest singular value                       -> spectral_norm()
-         or charge E (‖∇D(x̂)‖ - 1)² between data and fakes                  -> gradient_penalty()
-         IS = exp E KL(p(y|x) ‖ p(y)): sure of each, of all kinds               -> inception_score()
-         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½) of features                 -> frechet_distance()
-See      samples.png; scores.png: both scores and D's slope while training; truncation.png; log.csv,
-         samples_{model}.pt, weights_{model}.pt (of G); scored.png with --score. Printed: FID and IS
-         of a classifier of the digits, KL of its classes to uniform, distance to the data, slope of
-         D, and the step whose FID was best: the last, 600, but for wgan-gp (540) and wgan (480).
-         On MNIST, FID and slope: vanilla 70, 0.8; sn 75, 0.2; wgan-gp 81, 1.0; wgan-sn 104, 0.4;
-         wgan 112, 0.002; real pictures 1.9, noise 542. Seeds 0 to 2, by one classifier: 70 ± 3,
-         79 ± 4, 79 ± 2, 106 ± 10, 116 ± 6: where nothing breaks, nothing is to be stabilised. With
-         20 steps of D to one of G (--full) it matters: vanilla collapses (319), sn has 162, wgan-gp
-         129. Truncated z do not help this G: FID only grows (within 2: 76, 1: 120, 0.5: 271).
-Time     3.5 to 4.3 min on 2 CPU cores; --full 68 min on one core; --quick 13 to 23 s.
-Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine, beta1 = 0, one step of D to one of
-         G; Arjovsky: RMSprop 5e-5, Gulrajani: Adam 1e-4, both five. No dropout in D, as 02 has.
-         "digit" scores come from 64 features of a small classifier: no published ones compare.
-         Pictures in colour are scored at the end alone, for Inception takes minutes, and their z is
-         not truncated; without Inception's weights there are no scores.
+Papers   Arjovsky 2017, arXiv:1701.07875; Gulrajani 2017, arXiv:1704.00028;
+         Miyato 2018, arXiv:1802.05957; for the scores: Salimans 2016,
+         arXiv:1606.03498 (IS), Heusel 2017, arXiv:1706.08500 (FID)
+Idea     W1(p, q) = max of E_p D - E_q D over all D of slope <= 1  -> wgan_d()
+         To hold the slope, clip D's weights                       -> clip()
+         or divide each layer by its largest singular value -> spectral_norm()
+         or add 10 E (‖∇D(x̂)‖ - 1)² to D's loss      -> gradient_penalty()
+         IS = exp E KL(p(y|x) ‖ p(y)) for classes y        -> inception_score()
+         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)        -> frechet_distance()
+See      samples.png; scores.png: both scores and D's slope while training;
+         truncation.png. On MNIST the FID is 70 for vanilla, 79 for wgan-gp and
+         116 for wgan: where the plain GAN is stable, these ways do not help.
+Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine; one step of D to
+         one of G. The papers have rates up to 2e-4 and often five steps of D.
+         Grey pictures are scored by a small classifier of the data in place of
+         Inception, so their scores do not compare with published ones.
+Try      With --n-critic 5, which model loses the least? Predict, then run.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
@@ -41,13 +34,14 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 
 import common
 
+LR = 4e-3                        # Adam's rate at the start
 ADAM_BETAS = (0.0, 0.999)
 LAMBDA = 10.0                    # weight of the gradient penalty: Gulrajani 2017
 CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
 Z = 64                           # length of z
 N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
 TREND = 0.6                      # share of the trend that stays from one score to the next
-LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, math.inf)  # of the truncated z
+LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of the truncated z
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -152,7 +146,10 @@ def inception_score(probs, splits=1):
     """
     if not 1 <= splits <= len(probs):
         raise ValueError(f"{len(probs)} rows do not make {splits} splits")
-    if not (((probs.sum(dim=1) - 1).abs() < 1e-3) & (probs >= 0).all(dim=1)).all():
+    # a rounding changes a probability by less than eps of it, so the sum of a row by less than eps
+    eps = torch.finfo(probs.dtype).eps if probs.is_floating_point() else 0.0
+    wrong = (probs.double().sum(dim=1) - 1).abs()
+    if not ((wrong <= max(1e-3, 4 * eps)) & (probs >= 0).all(dim=1)).all():
         raise ValueError("the rows are no probabilities: take the softmax of logits first")
     scores = []
     for part in probs.double().tensor_split(splits):
@@ -167,14 +164,17 @@ def frechet_distance(features_a, features_b):
     """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), features [N, d] (Heusel et al. 2017).
 
     The squared W2 distance of two Gaussians with these means and covariances (unbiased, float64).
-    >= 0 up to rounding, 0 for equal sets. Raises ValueError for d rows or fewer: their covariance
-    is singular, and the result would say more of N than of the features.
+    >= 0, and 0 for equal sets, up to rounding: where the covariances are singular, the result may
+    be as low as about -1e-7 of their traces. Raises ValueError for features that are not finite,
+    and for d rows or fewer: the result would say more of N than of the features.
     """
     d = features_a.shape[1]
     for features in (features_a, features_b):
         if len(features) < d + 1 or features.shape[1] != d:
             raise ValueError(f"{tuple(features_a.shape)}, {tuple(features_b.shape)}: needs the "
                              f"same d and at least d + 1 rows in both")
+        if not features.isfinite().all():
+            raise ValueError("some features are not finite")
     a, b = features_a.double(), features_b.double()
     cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -185,38 +185,20 @@ def frechet_distance(features_a, features_b):
 
 
 def truncated_normal(n, d, limit, generator=None):
-    """n draws of N(0, I) in d dimensions, every coordinate drawn again until it is within ±limit.
+    """[n, d] draws of N(0, 1), given that each of them lies within ±limit.
 
-    The truncation trick (Brock et al. 2019, arXiv:1809.11096): fewer kinds, nearer the typical.
+    √2 erfinv(u erf(limit / √2)) for uniform u in [-1, 1): the inverse of the distribution function.
+    The truncation trick (Brock et al. 2019, arXiv:1809.11096): a G that is fed with such z draws
+    fewer kinds of pictures, and more typical ones. limit = inf: the numbers of torch.randn.
     Raises ValueError for a limit that is not above 0.
     """
     if not limit > 0:
         raise ValueError(f"no draw lies within ±{limit}")
-    z = torch.randn(n, d, generator=generator)
-    while (outside := z.abs() > limit).any():
-        z[outside] = torch.randn(int(outside.sum()), generator=generator)
-    return z
-
-
-# --- the table of models -----------------------------------------------------------------------
-
-class Model(NamedTuple):
-    """Both losses, what holds D's slope, and both rates."""
-    d: Callable                  # (real, fake) -> loss of D
-    g: Callable                  # fake -> loss of G
-    lr: tuple = (4e-3, 4e-3)     # of D, of G
-    clip: bool = False
-    sn: bool = False
-    penalty: bool = False
-
-
-MODELS = {
-    "vanilla": Model(bce_d, nonsaturating_g),
-    "sn": Model(bce_d, nonsaturating_g, sn=True),
-    "wgan": Model(wgan_d, wgan_g, lr=(1e-3, 4e-3), clip=True),  # a step of 4e-3 fills the box
-    "wgan-sn": Model(wgan_d, wgan_g, sn=True),
-    "wgan-gp": Model(wgan_d, wgan_g, penalty=True),
-}
+    if limit == math.inf:
+        return torch.randn(n, d, generator=generator)
+    u = 2 * torch.rand(n, d, generator=generator, dtype=torch.float64) - 1
+    z = math.sqrt(2) * torch.erfinv(u * math.erf(limit / math.sqrt(2)))
+    return z.to(torch.get_default_dtype()).clamp(-limit, limit)  # rounding may have passed it
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -242,7 +224,11 @@ def generator(c, side):
 
 
 def discriminator(c, side, sn):
-    """[B, C, side, side] -> logits or scores [B]. No batch norm; sn: σ = 1 in every layer."""
+    """[B, C, side, side] -> logits or scores [B]. No batch norm.
+
+    sn: every layer has spectral norm. Power iteration needs some passes of D to find the σ: the
+    largest singular value of a layer is up to 1.6 at first, and at most 1.05 after 20 passes.
+    """
     widths, small = channels(side)
     layers = []
     for i, o in zip([c, *widths], widths):
@@ -252,6 +238,36 @@ def discriminator(c, side, sn):
         if sn and isinstance(layer, (nn.Conv2d, nn.Linear)):
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
     return nn.Sequential(*layers)
+
+
+class Model(NamedTuple):
+    """What both players descend, and what holds the slope of D."""
+    d: Callable                  # (real, fake) -> loss of D
+    g: Callable                  # fake -> loss of G
+    penalty: Callable = lambda D, x, x_fake: 0.0  # added to D's loss
+    after_d: Callable = lambda D: None            # done to D after each of its steps
+    sn: bool = False             # D with spectral norm
+    lr_d: float = LR             # D's rate; G's is LR
+
+    def loss_d(self, D, x, x_fake):
+        """What D descends. Data and fakes go through D in one pass."""
+        real, fake = D(torch.cat([x, x_fake])).split(len(x))
+        return self.d(real, fake) + self.penalty(D, x, x_fake)
+
+    def loss_g(self, D, x_fake):
+        """What G descends."""
+        return self.g(D(x_fake))
+
+
+MODELS = {
+    "vanilla": Model(bce_d, nonsaturating_g),
+    "sn": Model(bce_d, nonsaturating_g, sn=True),
+    # at LR, wgan's weights would leap from one end of [-CLIP, CLIP] to the other
+    "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr_d=1e-3),
+    "wgan-sn": Model(wgan_d, wgan_g, sn=True),
+    "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
+                     LAMBDA * gradient_penalty(D, x, x_fake)),
+}
 
 
 class Classifier(nn.Module):
@@ -286,7 +302,86 @@ class Inception(nn.Module):
         return h, self.logits(h)
 
 
-# --- scores ------------------------------------------------------------------------------------
+# --- train -------------------------------------------------------------------------------------
+
+def train(run, args, model, n_critic, images, ruler):
+    """Trains one model; returns G and its pictures, uint8 [n_samples, C, H, W].
+
+    n_critic: D's steps to one of G. Every model makes --steps steps of D and G together, so that a
+    high n_critic is paid for with steps of G.
+    """
+    torch.manual_seed(args.seed)
+    c, side = images.x.shape[1:3]
+    steps = max(1, round(args.steps / (1 + n_critic)))
+    z_fixed = torch.randn(args.n_samples, Z).to(run.device)  # the same for every model
+    G, D = generator(c, side).to(run.device), discriminator(c, side, model.sn).to(run.device)
+    lower = min(1.0, (28 / side) ** 2)  # the rates are for 28 pixels: at 64, training diverges
+    opt_d = torch.optim.Adam(D.parameters(), model.lr_d * lower, betas=ADAM_BETAS, fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), LR * lower, betas=ADAM_BETAS, fused=True)
+    rate_d, rate_g = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+                      for opt in (opt_d, opt_g))
+    batches = run.batches(images, args.batch)
+
+    for _ in run.steps(steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d):
+        # D's half, n_critic times: descend its loss on data and on G's pictures, G untouched
+        for _ in range(n_critic):
+            x = next(batches)[0]
+            x_fake = G(torch.randn(len(x), Z, device=run.device))
+            loss_d = model.loss_d(D, x, x_fake.detach())
+            opt_d.zero_grad()
+            loss_d.backward()
+            opt_d.step()
+            model.after_d(D)
+
+        # G's half: descend its loss through D, D untouched
+        loss_g = model.loss_g(D, x_fake)
+        opt_g.zero_grad()
+        loss_g.backward(inputs=tuple(G.parameters()))
+        opt_g.step()
+
+        rate_d.step()
+        rate_g.step()
+        run.log(loss_d=loss_d, loss_g=loss_g)
+        if run.due(10):
+            run.note(slope=slope(D, torch.cat([x, x_fake])),
+                     **ruler.glance(G, z_fixed[:args.n_score]))
+
+    return G, generate(G, z_fixed)
+
+
+def train_classifier(run, args, name, images, test):
+    """A classifier of the data: that of a run before, or trained now and kept."""
+    path = common.kept_path(args, f"{name}_classifier")
+    expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
+                "steps": str(args.classifier_steps), "seed": str(args.seed)}
+    torch.manual_seed(args.seed)
+    net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(run.device)
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
+    batches = run.batches(images, 128)
+
+    for training in run.each(["classifier"]):
+        if path.exists():
+            net.load_state_dict(common.load_kept(path, ("net",), expected)["net"])
+        else:
+            for _ in run.steps(args.classifier_steps, net=net, opt=opt, rate=rate):
+                x, y = next(batches)
+                loss = F.cross_entropy(net(x)[1], y)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                rate.step()
+                run.log(loss=loss)
+            common.save({"settings": expected, "net": net.state_dict()}, path)
+        run.done[training] = net.state_dict()
+
+    net.load_state_dict(run.done["classifier"])
+    correct = read(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
+    print(f"the classifier reads {100 * correct.float().mean().item():.2f} % of the test pictures")
+    return net
+
+
+# --- measures ----------------------------------------------------------------------------------
 
 class Ruler(NamedTuple):
     """What scores are read with; those of two rulers do not compare."""
@@ -294,65 +389,70 @@ class Ruler(NamedTuple):
     net: Callable                # x in [-1, 1] -> features [B, d], logits [B, K]
     reference: torch.Tensor      # features of real pictures [N, d], on the CPU
     real: torch.Tensor           # other real pictures, uint8, to see what a perfect score is
+    own: bool = True             # trained on this data, so that its classes are those of the data
+
+    def score(self, x):
+        """FID, IS, and of an own network's classes KL(their shares ‖ uniform), nats; x: uint8."""
+        features, probs = read(self.net, x)
+        numbers = {"FID": frechet_distance(features, self.reference),
+                   "IS": inception_score(probs)[0]}
+        if self.own:
+            k = probs.shape[1]
+            p = torch.bincount(probs.argmax(dim=1), minlength=k).double() / len(probs)
+            numbers["KL"] = torch.special.xlogy(p, k * p).sum().item()
+        return numbers
+
+    def glance(self, G, z):
+        """Scores of G while it trains; none by Inception, which would take minutes each time."""
+        return self.score(generate(G, z)) if self.own else {}
+
+    def calibration(self, images, seed):
+        """Measures of pictures that need no judge: real ones, and noise."""
+        rng = torch.Generator().manual_seed(seed)
+        noise = torch.randint(256, self.real.shape, dtype=torch.uint8, generator=rng)
+        real = measure(self, self.real, images)
+        if len(images.x) < 2 * N_SAMPLES:
+            del real["distance"]  # they would be compared with themselves
+        return {"real training pictures": real,
+                "noise": measure(self, noise.to(self.real.device), images)}
 
 
-def make_ruler(args, images, test, device):
-    """The ruler for this data and "", or None and why there is none."""
+class NoRuler:
+    """In the place of a Ruler where there are no scores; says why. All that it tells is empty."""
+    name, own = "no", False
+
+    def __init__(self, args, why):
+        (common.fail if args.score else print)(f"no scores: {why}")
+
+    def score(self, *_):
+        return {}
+
+    glance = calibration = score
+
+
+def make_ruler(run, args, images, test):
+    """For grey pictures a Ruler by a classifier of them, for colour by Inception, or NoRuler."""
     if images.x.shape[1] == 1:
         name = "fashion" if images.name.startswith("Fashion") else "digit"
-        net = classifier(args, name, images, test, device)
-        return Ruler(name, net, read(net, test.x)[0], images.x[-N_SAMPLES:]), ""
+        net = train_classifier(run, args, name, images, test)
+        return Ruler(name, net, read(net, test.x)[0], images.x[-N_SAMPLES:])
     weights, d = Inception_V3_Weights.IMAGENET1K_V1, 2048
     reference, real = (test.x, images.x) if len(test.x) > d else (images.x[::2], images.x[1::2])
     if min(len(real), args.n_samples) <= d:
-        return None, (f"a distance of {d} features needs {d + 1} samples and {2 * d + 2} training "
-                      f"pictures; here are {args.n_samples} and {len(images.x)}")
+        return NoRuler(args, f"a distance of {d} features needs {d + 1} samples and {2 * d + 2} "
+                             f"training pictures; here are {args.n_samples} and {len(images.x)}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
     try:
         state = weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception:  # no network, or a broken file: the answer is the same
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        return None, (f"colour pictures are scored by Inception v3, and its weights cannot be had: "
-                      f"put torchvision's {Path(weights.url).name} into {folder}")
+        return NoRuler(args, "colour pictures are scored by Inception v3, and its weights cannot "
+                             f"be had: put torchvision's {Path(weights.url).name} into "
+                             f"{Path(torch.hub.get_dir()) / 'checkpoints'}")
     finally:
         socket.setdefaulttimeout(before)
-    net = Inception(state).to(device).eval()
-    return Ruler("Inception", net, read(net, reference[:N_SAMPLES])[0], real[:N_SAMPLES]), ""
-
-
-def classifier(args, name, images, test, device):
-    """A classifier of the data: that of a run before, or trained now and kept."""
-    path = common.kept_path(args, f"{name}_classifier")
-    expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
-                "steps": str(args.classifier_steps), "seed": str(args.seed)}
-    torch.manual_seed(args.seed)
-    net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(device)
-    if path.exists():
-        kept = common.load_kept(path, ("net",), expected)
-        net.load_state_dict(kept["net"])
-    else:
-        train_classifier(args, net, images)
-        common.save({"settings": expected, "net": net.state_dict()}, path)
-    correct = read(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
-    print(f"the classifier reads {100 * correct.float().mean().item():.2f} % of the test pictures")
-    return net
-
-
-def train_classifier(args, net, images):
-    opt = torch.optim.Adam(net.parameters(), fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
-    show = common.progress("classifier", args.classifier_steps, 128)
-    batches = common.batches(images, 128, args.seed)
-    for step in range(1, args.classifier_steps + 1):
-        x, y = next(batches)
-        loss = F.cross_entropy(net(x)[1], y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        rate.step()
-        common.check_finite(step, loss=loss.item())
-        show(step, loss=loss.item())
+    net = Inception(state).to(run.device).eval()
+    return Ruler("Inception", net, read(net, reference[:N_SAMPLES])[0], real[:N_SAMPLES], own=False)
 
 
 @torch.no_grad()
@@ -364,15 +464,11 @@ def read(net, x):
     return features, logits.softmax(dim=1)
 
 
-def score(ruler, x):
-    """FID to the ruler's reference, IS, and KL of a classifier's classes to uniform in nats."""
-    features, probs = read(ruler.net, x)
-    numbers = {"FID": frechet_distance(features, ruler.reference), "IS": inception_score(probs)[0]}
-    if ruler.name != "Inception":
-        k = probs.shape[1]
-        p = torch.bincount(probs.argmax(dim=1), minlength=k).double() / len(probs)
-        numbers["KL"] = torch.special.xlogy(p, k * p).sum().item()
-    return numbers
+def slope(D, x):
+    """Mean norm of D's gradient at the pictures x; in evaluation mode, where u does not move."""
+    norms = gradient_norms(D.eval(), x)
+    D.train()
+    return norms.mean().item()
 
 
 def nearest_distance(x, images):
@@ -384,89 +480,6 @@ def nearest_distance(x, images):
     return (torch.cdist(x.flatten(1), train).amin(dim=1) / train.shape[1] ** 0.5).mean().item()
 
 
-# --- train -------------------------------------------------------------------------------------
-
-def train(args, name, n_critic, images, device, ruler, saved, done):
-    """Trains one model; returns log, scores, pictures and G, and writes samples_{label}.pt and
-    weights_{label}.pt.
-
-    saved: the checkpoint to go on from, or None; done: results of the runs before, kept in it.
-    n_critic: D's steps to one of G. All runs make --steps steps of D and G together, so
-    that a high n_critic is paid for with steps of G.
-    """
-    torch.manual_seed(args.seed)
-    model, (c, side), label = MODELS[name], images.x.shape[1:3], run_name(name, n_critic)
-    steps = max(1, round(args.steps / (1 + n_critic)))
-    z_fixed = torch.randn(args.n_samples, Z).to(device)  # the same for every model
-    G, D = generator(c, side).to(device), discriminator(c, side, model.sn).to(device)
-    # the rates are for 28 pixels: at 64, with two layers more, they diverge
-    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr=lr * min(1.0, (28 / side) ** 2),
-                                     betas=ADAM_BETAS, fused=True)
-                    for net, lr in zip((D, G), model.lr))
-    rate_d, rate_g = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-                      for opt in (opt_d, opt_g))
-    parts = dict(G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d)
-
-    first, log = 0, []
-    if saved:
-        first, log = saved["step"], saved["log"]
-        common.restore(saved, parts)
-    batches = common.batches(images, args.batch, args.seed, first * n_critic)
-    show = common.progress(label, steps, args.batch * n_critic, first)
-
-    with common.ctrl_c() as pressed:
-        for step in range(first + 1, steps + 1):
-            # D's half, n_critic times: descend its loss, with the slope held; G untouched
-            for _ in range(n_critic):
-                x = next(batches)[0]
-                x_fake = G(torch.randn(len(x), Z, device=device))
-                real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
-                loss_d = total_d = model.d(real, fake)
-                if model.penalty:
-                    total_d = total_d + LAMBDA * gradient_penalty(D, x, x_fake.detach())
-                opt_d.zero_grad()
-                total_d.backward()
-                opt_d.step()
-                if model.clip:
-                    clip(D, CLIP)
-
-            # G's half: descend its loss through D, D untouched
-            loss_g = model.g(D(x_fake))
-            opt_g.zero_grad()
-            loss_g.backward(inputs=tuple(G.parameters()))
-            opt_g.step()
-
-            rate_d.step()
-            rate_g.step()
-            common.check_finite(step, loss_d=total_d.item(), loss_g=loss_g.item())
-            show(step, loss_d=loss_d.item(), loss_g=loss_g.item())
-            if common.due(step, steps, 10):
-                slope = gradient_norms(D.eval(), torch.cat([x, x_fake])).mean().item()
-                D.train()
-                log.append({"model": label, "step": step, "updates": step * (1 + n_critic),
-                            "loss_d": loss_d.item(), "loss_g": loss_g.item(), "slope": slope})
-                if ruler and ruler.name != "Inception":  # that would take minutes each time
-                    log[-1] |= score(ruler, generate(G, z_fixed[:args.n_score]))
-            if common.due(step, steps, 10) or pressed():
-                common.save_checkpoint(args, parts, model=label, step=step, log=log, done=done)
-            if pressed():
-                common.stop(step)
-
-    samples = generate(G, z_fixed)
-    common.save(samples.cpu(), args.out / f"samples_{label}.pt")
-    common.save(G.state_dict(), args.out / f"weights_{label}.pt")
-    best = min(log, key=lambda row: row["FID"])["step"] if "FID" in log[-1] else math.nan
-    return {"log": log, "pictures": samples[:64].cpu().clone(), "slope": log[-1]["slope"],
-            "best step": best,
-            "G": {key: value.cpu() for key, value in G.state_dict().items()},
-            **(score(ruler, samples) if ruler else {}),
-            "distance": nearest_distance(common.to_float(samples[:N_NEAREST]), images)}
-
-
-def run_name(name, n_critic):
-    return name if n_critic == 1 else f"{name}-x{n_critic}"
-
-
 @torch.no_grad()
 def generate(G, z):
     """G(z) with the batch norm of evaluation, a thousand at a time, as uint8."""
@@ -476,42 +489,76 @@ def generate(G, z):
     return x
 
 
+def measure(ruler, x, images):
+    """Scores and distance of pictures x, uint8, how many they are, and 64 of them for a figure."""
+    return {"n": len(x), **ruler.score(x), "pictures": x[:64].cpu().clone(),
+            "distance": nearest_distance(common.to_float(x[:N_NEAREST]), images)}
+
+
+def print_measures(title, ruler, measured, columns):
+    """A table with one row for each name of `measured`."""
+    header = [f"{ruler.name} {column}" if column in ("FID", "IS") else column for column in columns]
+    common.print_table([title, *header], [
+        [name, *(f"{numbers.get(column, math.nan):{',' if column == 'n' else '.3g'}}"
+                 for column in columns)] for name, numbers in measured.items()])
+
+
+def score_files(args, images, ruler):
+    """scored.png and a table, the best FID first, of the files that --score names."""
+    d, shape, measured = ruler.reference.shape[1], list(images.x.shape[1:]), {}
+    for path in args.score:
+        try:
+            x = torch.load(path, map_location=images.x.device, weights_only=True)
+            fits = x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x) > d
+        except Exception:  # whatever is wrong with the file, the answer is the same
+            common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 "
+                        "tensor [N, C, H, W]")
+        if fits:
+            measured[common.relative(path)] = measure(ruler, x, images)
+        else:
+            print(f"left out: {path} holds {x.dtype} {list(x.shape)}; wanted are {d + 1} or more "
+                  f"pictures, torch.uint8 {shape}")
+    if not measured:
+        common.fail("no file is left to score: are they of this data set? (see --data)")
+    measured = dict(sorted(measured.items(), key=lambda item: item[1]["FID"]))
+    draw_samples(args.out / "scored.png", images, measured, f"{ruler.name} scores, {images.name}")
+    print_measures(f"{images.name} (compare rows of equal n)", ruler, measured
+                   | ruler.calibration(images, args.seed), ["n", "FID", "IS", "KL", "distance"])
+
+
 # --- figures -----------------------------------------------------------------------------------
 
-def cell(title, x, numbers=()):
-    """A cell for save_panels: 64 of the pictures, titled with the scores if there are any."""
-    found = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
-    return f"{title}\n{found}", common.panel(x[:64])
+def draw_samples(path, images, measured, title):
+    """Pictures of all that was measured, five panels in a row beside the data."""
+    cells = []
+    for label, numbers in measured.items():
+        label = "\n".join(Path(label.removesuffix(".pt")).parts[-2:])  # of a file: its folder too
+        scores = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
+        cells.append((f"{label}\n{scores}", common.panel(numbers["pictures"])))
+    data = "data\n", common.panel(images.x[:64])
+    common.save_panels(path, [("", [data, *cells[i:i + 5]]) for i in range(0, len(cells), 5)],
+                       title)
 
 
-def figures(args, images, runs, done):
-    """samples.png, scores.png and log.csv; a row for each n_critic that was asked for."""
-    title = f"{images.name}, seed {args.seed}, {args.steps:,} steps of D and G together"
-    rows = {n: {label: done[label] for label, run in runs.items() if run[1] == n}
-            for n in args.n_critic}
-    common.save_panels(args.out / "samples.png", [
-        (f"n_critic {n}", [cell("data", images.x), *(cell(label, run["pictures"], run)
-                                                      for label, run in row.items())])
-        for n, row in rows.items()], f"{title}, same z")
-    columns = [column for column in ("FID", "IS", "slope")
-               if column in next(iter(done.values()))["log"][0]]
-    common.save_panels(args.out / "scores.png", [("", [
-        (f"{column}, n_critic {n}", lambda ax, row=row, column=column: draw_trends(ax, row, column))
-        for column in columns]) for n, row in rows.items()],
-        f"{title}\n{args.n_score:,} samples; thick: trend")
-    common.write_log(args.out / "log.csv", [row for run in done.values() for row in run["log"]])
-
-
-def draw_trends(ax, row, column):
-    """A column of each run's log, thin, and its exponential moving average, thick."""
-    for colour, (label, run) in enumerate(row.items()):
-        updates, values = ([line[key] for line in run["log"]] for key in ("updates", column))
-        ax.plot(updates, values, f"C{colour}", linewidth=0.6, alpha=0.5)
-        ax.plot(updates, trend(values), f"C{colour}", label=label)
-    if column == "slope":
-        ax.set_yscale("log")
-        ax.legend(fontsize=6)
-    ax.set_xlabel("steps of D and G")
+def draw_scores(args, images, done, ruler):
+    """scores.png: scores and D's slope while training, five models in a row of panels."""
+    labels, columns = list(done), ["FID", "IS", "slope"] if ruler.own else ["slope"]
+    groups = [labels[i:i + 5] for i in range(0, len(labels), 5)]
+    fig, axes = common.figure(len(groups), len(columns), 3.3 * len(columns) + 1.2,
+                              2.9 * len(groups) + 0.4, f"{images.name}, seed {args.seed}: "
+                              f"scores of {args.n_score:,} pictures (thin) and their trend (thick)")
+    for line, group in zip(axes, groups):
+        for ax, column in zip(line, columns):
+            for label in group:
+                rows = [row for row in done[label]["log"] if column in row]
+                steps, values = [row["step"] for row in rows], [row[column] for row in rows]
+                thick, = ax.plot(steps, trend(values), label=label)
+                ax.plot(steps, values, color=thick.get_color(), linewidth=0.6, alpha=0.5)
+            ax.set(title="slope of D: mean ‖∇D‖" if column == "slope" else f"{ruler.name} {column}",
+                   xlabel="step of G")
+        ax.set_yscale("log")  # of the slope
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    common.save_figure(fig, args.out / "scores.png")
 
 
 def trend(values):
@@ -522,96 +569,17 @@ def trend(values):
     return smooth
 
 
-def truncation(args, images, ruler, label, kept, device):
-    """truncation.png and its table: scores of one G when every coordinate of z is within ±limit."""
-    G = generator(*images.x.shape[1:3]).to(device)
-    G.load_state_dict(kept)
-    rng = torch.Generator().manual_seed(args.seed)
-    x = {limit: generate(G, truncated_normal(args.n_samples // 2, Z, limit, rng).to(device))
-         for limit in LIMITS}
-    numbers = {limit: score(ruler, pictures) for limit, pictures in x.items()}
-    names = ["none" if limit == math.inf else f"{limit:g}" for limit in LIMITS]
-
-    def curve(key):
-        return lambda ax: ax.plot(names, [numbers[limit][key] for limit in LIMITS], "o-")
-
-    cells = [(f"{ruler.name} {key} against\nthe limit of |z|", curve(key)) for key in ("FID", "IS")]
-    cells += [cell(name, x[limit], numbers[limit]) for name, limit in zip(names, LIMITS)]
-    common.save_panels(args.out / "truncation.png", [("", cells[:4]), ("", cells[4:])],
-                       f"truncated z, {label} on {images.name}, {args.n_samples // 2:,} samples")
-    common.print_table([f"truncated at ({args.n_samples // 2:,} samples)", *numbers[math.inf]], [
-        [name, *(f"{value:.3g}" for value in numbers[limit].values())]
-        for name, limit in zip(names, LIMITS)])
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-def calibration(args, ruler, images):
-    """Scores of what needs no judge: real pictures that the ruler does not compare with, noise."""
-    real = ruler.real
-    rng = torch.Generator().manual_seed(args.seed)
-    noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=rng).to(real.device)
-    results = {label: report(ruler, x, images)
-               for label, x in (("real training pictures", real), ("noise", noise))}
-    if len(images.x) < 2 * N_SAMPLES:
-        del results["real training pictures"]["distance"]  # they would be compared with themselves
-    return results
-
-
-def report(ruler, x, images):
-    """Scores and distance of pictures x, and how many they are."""
-    return {"n": len(x), **score(ruler, x),
-            "distance": nearest_distance(common.to_float(x[:N_NEAREST]), images)}
-
-
-def print_scores(images, ruler, results, columns):
-    """One row for each name of `results`."""
-    header = [f"{ruler.name} {column}" if ruler and column in ("FID", "IS") else column
-              for column in columns]
-    common.print_table([images.name, *header], [
-        [label, *(f"{numbers.get(column, math.nan):{',' if column == 'n' else '.3g'}}"
-                  for column in columns)]
-        for label, numbers in results.items()])
-
-
-def read_files(args, images):
-    """What --score names, by path: uint8 [N, C, H, W]. Other shapes are left out, aloud."""
-    shape, found = list(images.x.shape[1:]), {}
-    for path in args.score:
-        try:
-            x = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = x.dtype, list(x.shape[1:])
-        except Exception:  # whatever is wrong with the file, the answer is the same
-            common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 "
-                        "tensor [N, C, H, W]")
-        if theirs == (torch.uint8, shape):
-            found[common.relative(path)] = x
-        else:
-            print(f"left out: {path} holds {theirs[0]} {theirs[1]}, the data torch.uint8 {shape}")
-    if not found:
-        common.fail("no file is left to score: are they of this data set? (see --data)")
-    return found
-
-
-def score_files(args, images, ruler, files):
-    """scored.png and the table of --score, best first."""
-    d = ruler.reference.shape[1]
-    for label, x in files.items():
-        if len(x) <= d:
-            common.fail(f"{label} holds {len(x)} pictures, and a distance of {d} features needs "
-                        f"{d + 1}")
-    results = {label: report(ruler, x.to(images.x.device), images) for label, x in files.items()}
-    results = dict(sorted(results.items(), key=lambda item: item[1]["FID"]))
-    cells = [cell("data\n", images.x)] + [
-        cell("\n".join(Path(label).with_suffix("").parts[-2:]), files[label], numbers)
-        for label, numbers in results.items()]
-    common.save_panels(args.out / "scored.png", [
-        ("", cells[i:i + 6]) for i in range(0, len(cells), 6)],
-        f"{ruler.name} scores, {images.name}")
-    print_scores(images, ruler, results | calibration(args, ruler, images),
-                 ["n", "FID", "IS", "KL", "distance"])
-    if len({run["n"] for run in results.values()}) > 1:
-        print("n differs: FID falls as n grows, so compare rows of equal n")
+def truncation(args, images, ruler, label, weights):
+    """truncation.png and its table: one G whose z lie within a limit, measured for each limit."""
+    G = generator(*images.x.shape[1:3]).to(images.x.device)
+    G.load_state_dict(weights)
+    rng, measured = torch.Generator().manual_seed(args.seed), {}
+    for limit in LIMITS:
+        z = truncated_normal(args.n_samples // 2, Z, limit, rng).to(images.x.device)
+        measured[f"|z| < {limit:g}"] = measure(ruler, generate(G, z), images)
+    draw_samples(args.out / "truncation.png", images, measured, f"{label} on {images.name}, seed "
+                 f"{args.seed}, {args.n_samples // 2:,} samples for each limit of |z|")
+    print_measures(f"{label}, truncated z", ruler, measured, ["n", "FID", "IS", "KL", "distance"])
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -621,58 +589,57 @@ def parse_args(argv=None):
     g = p.add_argument_group("models")
     g.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
                    help=f"{', '.join(MODELS)}")
-    g.add_argument("--n-critic", nargs="+", type=common.positive_int, metavar="N",
-                   help="D's steps to one of G, one run for each; if not given: 1")
+    g.add_argument("--n-critic", nargs="+", type=common.number(int, 1), default=[1], metavar="N",
+                   help="D's steps to one of G; every model is trained with each of them")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.positive_int, default=1200,
-                   help="of D and G together, in each run")
-    g.add_argument("--batch", type=common.positive_int, default=64, help="pictures in a batch")
-    g.add_argument("--full", action="store_true",
-                   help="the study: n_critic 1, 2, 5, 20, and twice the steps")
+    g.add_argument("--steps", type=common.number(int, 1), default=1200,
+                   help="of D and G together, in each training")
+    g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
-                   help="no training: score samples.pt of any chapter, or your own uint8 tensor")
+                   help="trains no GAN: scores samples*.pt of any chapter, or your uint8 tensor")
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=2000)
     args = common.parse(p, argv, quick=dict(data="digits", steps=12, classifier_steps=20,
                                             n_samples=1000, n_score=200))
-    args.n_critic = args.n_critic or ([1, 2, 5, 20] if args.full else [1])
-    args.steps *= 2 if args.full else 1
+    args.score = args.score or []
     return args
 
 
-def check(images):
-    """Ends the run if the pictures do not fit the networks."""
-    widths, small = channels(images.x.shape[2])
-    common.check_side(images, small * 2 ** len(widths))
+def train_models(run, args, images, ruler):
+    """Trains every model with every n_critic; draws, prints and writes what they have come to."""
+    known = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
+             for n in args.n_critic for name in args.models}
+    for label in run.each(known):
+        G, samples = train(run, args, *known[label], images, ruler)
+        common.save(samples.cpu(), args.out / f"samples_{label}.pt")
+        common.save(G.state_dict(), args.out / f"weights_{label}.pt")
+        run.done[label] = {"log": run.rows, "slope": run.rows[-1]["slope"], "G": G.state_dict(),
+                           **measure(ruler, samples, images)}
+
+    done = {label: numbers for label, numbers in run.done.items() if label != "classifier"}
+    draw_samples(args.out / "samples.png", images, done, f"{images.name}, seed {args.seed}, "
+                 f"{args.steps:,} steps of D and G together, same z for all")
+    draw_scores(args, images, done, ruler)
+    common.write_log(args.out / "log.csv", [row for one in done.values() for row in one["log"]])
+    print_measures(images.name, ruler, done | ruler.calibration(images, args.seed),
+                   ["FID", "IS", "KL", "distance", "slope"])
+    if ruler.own:
+        best = min(done, key=lambda label: done[label]["FID"])
+        truncation(args, images, ruler, best, done[best]["G"])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = common.start(args)
-    images = common.load_images(args, device)
-    test = common.load_images(args, device, train=False)
-    check(images)
-    saved = common.load_checkpoint(args)
-    files = read_files(args, images) if args.score else None
-    ruler, why = make_ruler(args, images, test, device)
-    if files and not ruler:
-        common.fail(f"no scores: {why}")
-    if files:
-        return score_files(args, images, ruler, files)
-    if not ruler:
-        print(f"no scores: {why}")
-    runs = {run_name(name, n): (name, n) for n in args.n_critic for name in args.models}
-    done = saved["done"] if saved else {}
-    for label, (name, n) in runs.items():
-        if label not in done:
-            resumed = saved if saved and saved["model"] == label else None
-            done[label] = train(args, name, n, images, device, ruler, resumed, dict(done))
-    figures(args, images, runs, done)
-    results = done | (calibration(args, ruler, images) if ruler else {})
-    print_scores(images, ruler, results, ["FID", "IS", "KL", "distance", "slope", "best step"])
-    if ruler and ruler.name != "Inception":
-        best = min(done, key=lambda label: done[label]["FID"])
-        truncation(args, images, ruler, best, done[best]["G"], device)
+    with common.Run(args) as run:
+        images = common.load_images(args, run.device)
+        test = common.load_images(args, run.device, train=False)
+        widths, small = channels(images.x.shape[2])
+        common.check_side(images, small * 2 ** len(widths))
+        ruler = make_ruler(run, args, images, test)
+        if args.score:
+            score_files(args, images, ruler)
+        else:
+            train_models(run, args, images, ruler)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What the chapters share: flags, data, pictures, files. No equation of any paper lives here.
+"""What the chapters share: flags, runs, data, pictures, files. No equation of any paper lives here.
 
-A chapter is understood with this file closed. Flat functions; importing it does nothing.
+A chapter is understood with this file closed. Importing it changes nothing.
 All pictures are uint8 [N, C, H, W] in memory (0..255) and float32 in [-1, 1] in a batch.
 """
 
 import argparse
 import contextlib
 import csv
+import errno
 import io
 import math
 import os
@@ -14,16 +15,15 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files: no window, no display needed
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from torch import distributed, nn
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
@@ -34,7 +34,7 @@ WIPE = "\r\033[K"  # on a terminal: back to the start of the line, and empty it
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "device", "resume"}
 
 
-# --- flags, errors, device ---------------------------------------------------------------------
+# --- flags, errors -----------------------------------------------------------------------------
 
 def say(text, file=None):
     """print(text), in the place of a progress line that stands on the terminal unfinished."""
@@ -44,7 +44,8 @@ def say(text, file=None):
 
 def fail(message, status=2):
     """Ends the run with one line on stderr; status 2 means that the input was wrong."""
-    say(f"error: {message}", sys.stderr)
+    if rank() == 0:  # all processes fail alike, and one of them says so
+        say(f"error: {message}", sys.stderr)
     raise SystemExit(status)
 
 
@@ -55,75 +56,48 @@ class OneLineParser(argparse.ArgumentParser):
         fail(f"{message} (see python {self.prog} --help)")
 
 
-def positive_int(text):
-    """argparse type: a whole number >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+def number(kind, least=None, most=None, above=None):
+    """argparse type: a finite int or float (`kind`) with least <= it <= most, or above < it."""
+    low = least if above is None else above
+    bounds = f"from {low} to {most}" if most is not None else \
+        f"of {least} or more" if above is None else f"above {above}"
+    wanted = f"a {'whole ' if kind is int else ''}number {bounds}"
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value < math.inf and value != above and (most is None or value <= most):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
 
 
-def whole_number(text):
-    """argparse type: a whole number >= 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
+def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10, digits (drawn, "
+           "no download), or a folder of pictures; if not given: mnist, or digits without it"):
+    """A parser with the flags that all chapters share; `doc` becomes the head of --help.
 
-
-def seed_number(text):
-    """argparse type: a whole number from 0 to 2^31 - 1."""
-    if not text.isdecimal() or int(text) >= 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2147483647")
-    return int(text)
-
-
-def number(text):
-    """A float, or nan if the text is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def positive_float(text):
-    """argparse type: a finite number > 0."""
-    if not 0 < number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
-
-
-def not_negative(text):
-    """argparse type: a finite number >= 0."""
-    if not 0 <= number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return float(text)
-
-
-def share(text):
-    """argparse type: a number in [0, 1]."""
-    if not 0 <= number(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return float(text)
-
-
-def parser(doc, file, data=None, data_help="mnist, fashion, cifar10, digits (drawn, no download), "
-           "or a folder of pictures; if not given: mnist, or digits if it cannot be had"):
-    """A parser with the flags that every chapter has; `doc` becomes the head of --help."""
+    trains: with the flags for data, devices and --resume.
+    """
     script = Path(file).stem
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            shown = action.default not in (None, False)  # "(default: None)" tells nobody anything
-            return super()._get_help_string(action) if shown else action.help
+            hidden = action.default is None or action.default is False  # tells nobody anything
+            return action.help if hidden else super()._get_help_string(action)
 
     p = OneLineParser(prog=f"{script}.py", description=doc, formatter_class=Formatter)
     g = p.add_argument_group("shared flags")
-    g.add_argument("--data", default=data, metavar="NAME", help=data_help)
-    g.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept")
-    g.add_argument("--size", type=positive_int, default=64, help="pixels a side, for folders")
+    if trains:
+        g.add_argument("--data", default=data, metavar="NAME", help=data_help)
+        g.add_argument("--data-dir", type=Path, default=Path("data"),
+                       help="where data sets are kept")
+        g.add_argument("--size", type=number(int, 1), default=64, help="pixels a side, for folders")
+        g.add_argument("--device", help="cpu, cuda, mps; if not given: the GPU if there is one")
+        g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     g.add_argument("--out", type=Path, default=Path("out") / script, help="where results go")
-    g.add_argument("--seed", type=seed_number, default=0, help="same seed, same CPU: same numbers")
-    g.add_argument("--device", help="cpu, cuda, mps; if not given: the GPU if there is one")
-    g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0,
+                   help="same seed, same CPU: same numbers")
     g.add_argument("--quick", action="store_true", help="seconds instead of minutes, same code")
     p.set_defaults(script=script)
     return p
@@ -138,40 +112,252 @@ def parse(p, argv, quick):
     return args
 
 
-def short_end(kind, error, trace):
-    """sys.excepthook: one line for Ctrl-C between two trainings, where nothing is to be saved."""
-    if issubclass(kind, KeyboardInterrupt):
-        say("stopped; files are whole, and --resume goes on after the last checkpoint", sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+# --- a run -------------------------------------------------------------------------------------
+
+class Run:
+    """One execution of a chapter: its device, its processes, and how far it has come.
+
+        with Run(args) as run:                          # takes --out, and gives it back at the end
+            for name in run.each(names):                # the trainings that are not over yet
+                ...
+                batches = run.batches(images, 64)
+                for step in run.steps(800, net=net, opt=opt):
+                    x, y = next(batches)
+                    ...                                 # a step of the training, written out
+                    run.log(loss=loss)
+                run.done[name] = ...                    # what the training has come to
+
+    `steps` writes the checkpoint between two steps: ten times in a training, and on Ctrl-C. After
+    --resume the same loops go on where they were. Attributes: device; step, of total; done, the
+    results by name; rows, the log of this training; kept, a dict for what a training collects.
+
+    Under torchrun every process runs the same lines on its part of each batch. Gradients are
+    averaged over the processes, all else is the affair of each: its noise, and the statistics of
+    its batch norms, which CUDA alone has means to share. Only the first prints and writes.
+    """
+
+    def __init__(self, args):
+        self.args, self.done, self.kept, self.rows = args, {}, {}, []
+        self.saved, self.looked, self.training, self.pressed = None, False, False, False
+
+    def __enter__(self):
+        with contextlib.ExitStack() as taken:
+            taken.enter_context(stopped_in_one_line())
+            taken.enter_context(joined())
+            taken.enter_context(contextlib.redirect_stdout(io.StringIO()) if rank()
+                                else locked(self.args.out))
+            if threading.current_thread() is threading.main_thread():  # others get no signals
+                before = signal.signal(signal.SIGINT, self.on_ctrl_c)
+                taken.callback(signal.signal, signal.SIGINT, before)
+            self.device = pick_device(self.args.device) if "device" in self.args \
+                else torch.device("cpu")
+            torch.manual_seed(self.args.seed)
+            self.taken = taken.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self.taken.__exit__(*error)
+
+    def on_ctrl_c(self, *_):
+        """The first Ctrl-C in a training waits for the end of its step; any other stops at once."""
+        if not self.training or self.pressed and processes() == 1:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def each(self, names):
+        """The names of the trainings that are not over yet, one after the other."""
+        if not self.looked:  # not earlier: load_images says what args.data is
+            self.saved, self.looked = load_checkpoint(self.args), True
+            self.done = self.saved["done"] if self.saved else {}
+        for self.name in names:
+            if self.name not in self.done:
+                yield self.name
+
+    def steps(self, total, **parts):
+        """1, 2, ..., total, or what is left of them after --resume.
+
+        parts: by name, what a step changes and has a state_dict(): networks, optimisers, rates.
+        """
+        self.total, self.step, self.rows, self.kept = total, 0, [], {}
+        self.drawn = self.pictures = 0  # batches since step 0, pictures since the start
+        join_processes(parts, self.args.seed, self.device)
+        if self.saved and self.saved["name"] not in self.done:
+            if self.saved["name"] != self.name:
+                fail(f"{relative(self.args.out / 'checkpoint.pt')} is in the midst of "
+                     f"{self.saved['name']}: name it too, before {self.name}")
+            self.step, self.rows, self.kept, self.drawn = (
+                self.saved[key] for key in ("step", "rows", "kept", "drawn"))
+            restore(self.saved, parts)
+        self.saved = None
+        self.show = progress(self.name, total, self.step)
+        self.training = True
+        for self.step in range(self.step + 1, total + 1):
+            yield self.step
+            stop = any(of_all_processes(self.pressed))
+            if self.due(10) or stop:
+                save_checkpoint(self.args, parts, name=self.name, step=self.step, rows=self.rows,
+                                kept=self.kept, drawn=self.drawn, done=self.done)
+            if stop:
+                fail(f"stopped at step {self.step}; --resume goes on from here", status=130)
+        self.training = False
+        share_state(parts)
+
+    def batches(self, images, size):
+        """Endless shuffled batches (x, y) of `size` pictures, of which this process gets its part.
+
+        x: float [size, C, H, W] in [-1, 1]; y: labels [size], or None where the data has none.
+        """
+        size = self.part(min(size, len(images.x))) * processes()
+        mine = slice(rank(), None, processes())
+        for x, y in batches(images, size, self.args.seed, self.drawn, mine):
+            self.drawn += 1
+            self.pictures += size
+            yield x, y
+
+    def part(self, n):
+        """How many of n examples fall to this process."""
+        if n % processes():
+            fail(f"{n} examples do not divide among {processes()} processes: use --batch "
+                 f"{max(n - n % processes(), processes())}")
+        return n // processes()
+
+    def due(self, times):
+        """True after about `times` of the steps (after each if they are fewer), and at the end."""
+        return due(self.step, self.total, times)
+
+    def at(self, shares):
+        """True after these shares of the steps: 0.5 is the middle of the training, 1 its end."""
+        return self.step in {math.ceil(share * self.total) for share in shares}
+
+    def log(self, **numbers):
+        """Shows the numbers of a step, means over the processes, and keeps 40 rows of them.
+
+        Ends the run if one is not finite; the last checkpoint, which is good, stays as it is.
+        """
+        mine = [value.item() if torch.is_tensor(value) else value for value in numbers.values()]
+        self.numbers = {name: sum(every) / len(every)
+                        for name, every in zip(numbers, zip(*of_all_processes(mine)))}
+        check_finite(self.step, **self.numbers)
+        self.show(self.step, self.pictures, **self.numbers)
+        if self.due(40):
+            self.note()
+
+    def note(self, **more):
+        """Keeps the numbers of this step, and more, as a row for log.csv."""
+        if not self.rows or self.rows[-1]["step"] != self.step:
+            self.rows.append({"model": self.name, "step": self.step, **self.numbers})
+        self.rows[-1] |= more
 
 
-def start(args):
-    """Makes the output folder, seeds torch, picks the device and says which; returns the device."""
-    sys.excepthook = short_end
+@contextlib.contextmanager
+def stopped_in_one_line():
+    """Within it Ctrl-C, but for the one that a training waits with, ends the run with one line."""
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(args.out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed
+        yield
+    except KeyboardInterrupt:
+        fail("stopped; files are whole, and --resume goes on after the last checkpoint", 130)
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Within it no other run writes into the folder `out`, which is made if it is not there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a")
     except OSError as e:
-        fail(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out")
-    try:
-        import fcntl
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: nothing refuses a second run there
-        pass
-    except OSError:
-        fail(f"another run is writing to {args.out}: wait for it, or choose another --out")
-    for left in args.out.glob("*.[0-9]*.tmp"):  # by a run that was killed while it wrote
-        left.unlink()
+        fail(f"cannot write to {out} ({e.strerror}): choose another folder with --out")
+    with lock:
+        try:
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: nothing refuses a second run there
+            pass
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+                fail(f"another run is writing to {out}: wait for it, or choose another --out")
+        for left in out.glob("*.[0-9]*.tmp"):  # by a run that was killed while it wrote
+            left.unlink()
+        yield
+
+
+def pick_device(name):
+    """The device called `name`, or the best that is there if it is None; says which."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        device = torch.device(args.device or best)
+        device = torch.device(name or best)
+        if device.type == "cuda" and processes() > 1:  # each has a GPU of its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):  # not built in, or not in this machine
-        fail(f"there is no device {args.device!r} here: leave --device out, or use --device cpu")
-    torch.manual_seed(args.seed)
-    print(f"device {device}" + (f", {torch.get_num_threads()} threads" * (device.type == "cpu")))
+        fail(f"there is no device {name!r} here: leave --device out, or use --device cpu")
+    print(f"device {device}" + f", {torch.get_num_threads()} threads" * (device.type == "cpu")
+          + f", {processes()} processes" * (processes() > 1))
     return device
+
+
+# --- several processes -------------------------------------------------------------------------
+
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def rank():
+    """The number of this process, from 0 on."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+@contextlib.contextmanager
+def joined():
+    """Within it the processes that torchrun has started can reach each other."""
+    mine = processes() > 1 and not distributed.is_initialized()
+    if mine:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    if mine:
+        distributed.destroy_process_group()
+
+
+def of_all_processes(value):
+    """A list: this value, as each of the processes has it."""
+    values = [value] * processes()
+    if processes() > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def first_alone():
+    """The first process goes through it before the others do, which then find what it wrote."""
+    if rank():
+        distributed.barrier()
+    yield
+    if processes() > 1 and rank() == 0:
+        distributed.barrier()
+
+
+def join_processes(parts, seed, device):
+    """The same networks for all processes, and from here on the mean of their gradients."""
+    if processes() == 1:
+        return
+    share_state(parts)
+    for net in parts.values():
+        if isinstance(net, nn.Module):
+            if device.type == "cuda":
+                nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            for p in net.parameters():
+                p.register_post_accumulate_grad_hook(
+                    lambda p: distributed.all_reduce(p.grad.div_(processes())))
+    torch.manual_seed(seed * processes() + rank())  # each its own noise
+
+
+def share_state(parts):
+    """Gives the networks of all processes the weights and statistics of the first."""
+    for net in parts.values():
+        if processes() > 1 and isinstance(net, nn.Module):
+            for tensor in net.state_dict().values():
+                distributed.broadcast(tensor, src=0)
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -189,6 +375,19 @@ def load_images(args, device, train=True):
     train: the training or the test part. Of a folder, every tenth picture is the test part.
     Sets args.data to what it took, so that a checkpoint knows.
     """
+    with first_alone():  # what is downloaded, drawn or decoded is kept, and the others read it
+        images = find_images(args, train)
+    if args.quick:
+        images = images._replace(x=images.x[:N_QUICK], y=None if images.y is None
+                                 else images.y[:N_QUICK])
+    n, c, h, w = images.x.shape
+    print(f"data {images.name}: {n:,} {'training' if train else 'test'} pictures, {c}x{h}x{w}")
+    return images._replace(x=images.x.to(device), y=None if images.y is None
+                           else images.y.to(device))
+
+
+def find_images(args, train):
+    """load_images, without a device and with all pictures."""
     name = args.data or "mnist"
     if name == "digits":
         images = load_digits(args, train)
@@ -210,13 +409,7 @@ def load_images(args, device, train=True):
         fail(f"--data {name}: neither a known data set (mnist, fashion, cifar10, digits; "
              "see --help) nor a folder")
     args.data = name
-    if args.quick:
-        images = images._replace(x=images.x[:N_QUICK], y=None if images.y is None
-                                 else images.y[:N_QUICK])
-    n, c, h, w = images.x.shape
-    print(f"data {images.name}: {n:,} {'training' if train else 'test'} pictures, {c}x{h}x{w}")
-    return images._replace(x=images.x.to(device), y=None if images.y is None
-                           else images.y.to(device))
+    return images
 
 
 def load_torchvision(name, root, train):
@@ -314,11 +507,11 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def batches(images, batch_size, seed, step=0):
+def batches(images, batch_size, seed, step=0, part=slice(None)):
     """Endless shuffled batches (x float in [-1, 1], y or None) of Images, from number `step` on.
 
     The order depends on `seed` and the step alone, so a resumed run sees what the straight run saw.
-    A last batch that is not full is left out.
+    A last batch that is not full is left out. part: those of each batch that are wanted.
     """
     x, y, _ = images
     batch_size = min(batch_size, len(x))
@@ -328,6 +521,7 @@ def batches(images, batch_size, seed, step=0):
         shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(x), generator=shuffle).to(x.device)
         for chosen in order.split(batch_size)[first:per_epoch]:
+            chosen = chosen[part]
             yield to_float(x[chosen]), None if y is None else y[chosen]
         step = (epoch + 1) * per_epoch
 
@@ -473,11 +667,17 @@ def draw_points(ax, points, centres, reach, levels=None):
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
 
 
+def figure(rows, columns, width, height, title=""):
+    """A matplotlib figure of width x height inches, and its axes in a 2-D array."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    fig.suptitle(title)
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+
 def save_panels(path, rows, title=""):
     """Small multiples: rows of (label, [(title, draw)]), where draw(ax) fills one panel."""
     n = max(len(cells) for _, cells in rows)
-    fig, axes = plt.subplots(len(rows), n, figsize=(2.2 * n, 2.45 * len(rows) + 0.3), squeeze=False,
-                             layout="constrained")
+    fig, axes = figure(len(rows), n, 2.2 * n, 2.45 * len(rows) + 0.3, title)
     for line, (label, cells) in zip(axes, rows):
         for ax, (text, draw) in zip(line, cells):
             draw(ax)
@@ -486,29 +686,26 @@ def save_panels(path, rows, title=""):
             ax.set_visible(False)
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, rotation=90, ha="right",
                      va="center", fontsize=12)
-    fig.suptitle(title)
     save_figure(fig, path)
 
 
-def plot_curves(path, log, columns, line, title=""):
-    """One panel for each of `columns` of the log against its step, one line per value of `line`."""
-    fig, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns), 2.9), squeeze=False,
-                             layout="constrained")
+def plot_curves(path, log, columns, title=""):
+    """One panel for each of `columns` of the log against its step, with a line for each model."""
+    fig, axes = figure(1, len(columns), 3.4 * len(columns), 2.9, title)
     for ax, column in zip(axes[0], columns):
-        for value in dict.fromkeys(row[line] for row in log):
-            mine = [row for row in log if row[line] == value]
-            ax.plot([row["step"] for row in mine], [row[column] for row in mine],
-                    label=f"{line} = {value}", linewidth=1)
+        for model in dict.fromkeys(row["model"] for row in log):
+            mine = [row for row in log if row["model"] == model and column in row]
+            ax.plot([row["step"] for row in mine], [row[column] for row in mine], label=model,
+                    linewidth=1)
         ax.set(title=column, xlabel="step")
         ax.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=6)
-    fig.suptitle(title)
     save_figure(fig, path)
 
 
 def save_figure(fig, path):
+    """Writes a figure as PNG, and says where."""
     write_whole(path, lambda file: fig.savefig(file, dpi=110, format="png"))
-    plt.close(fig)
     print(f"wrote {relative(path)}")
 
 
@@ -528,25 +725,27 @@ def print_table(header, rows):
     print("\n".join(line.rstrip() for line in lines))
 
 
-def progress(label, total, per_step, first=0):
-    """Returns show(step, **numbers): step, numbers, items/s and time left.
+def progress(label, total, first=0):
+    """Returns show(step, items, **numbers): step, numbers, speed and time left.
 
     On a terminal one line that updates in place; elsewhere a plain line at every tenth.
-    `per_step` = items in one step, of data if there are any; `first` = the step before the first.
+    `first` = the step before the first; items: pictures seen so far, whose speed is shown.
     """
     began, terminal = time.monotonic(), sys.stdout.isatty()
     last = 0.0
 
-    def show(step, **numbers):
+    def show(step, items=0, **numbers):
         nonlocal last
         now = time.monotonic()
         if step < total and (now - last < 0.2 if terminal else step % -(-total // 10)):
             return
         last = now
-        rate = (step - first) / max(now - began, 1e-9)
+        seconds = max(now - began, 1e-9)
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        line = (f"{label}  step {step:,}/{total:,}  {text}  {rate * per_step:,.0f}/s  "
-                f"{(total - step) / max(rate, 1e-9):.0f} s left")
+        speed = items or step - first
+        left = (total - step) * seconds / max(step - first, 1)
+        line = (f"{label}  step {step:,}/{total:,}  {left:.0f} s left  {speed / seconds:,.0f}/s  "
+                f"{text}")
         if terminal:
             line = WIPE + line[:shutil.get_terminal_size().columns - 1]
         print(line, end="\n" if step == total or not terminal else "", flush=True)
@@ -565,22 +764,6 @@ def check_finite(step, **losses):
         if not math.isfinite(value):
             fail(f"{name} is {value} at step {step}: stopped, the last checkpoint is kept",
                  status=1)
-
-
-@contextlib.contextmanager
-def ctrl_c():
-    """Within it the first Ctrl-C only makes pressed() true, so that a step is never cut in two."""
-    pressed = []
-
-    def note(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, before)  # a second Ctrl-C stops at once
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -602,6 +785,8 @@ def replace(path, write):
 
 def write_whole(path, write):
     """replace(), or the end of the run with one line: a full disk, a folder that was closed."""
+    if rank():
+        return  # the first process writes
     try:
         replace(path, write)
     except (OSError, RuntimeError) as e:  # torch says RuntimeError for a full disk
@@ -628,18 +813,22 @@ def write_log(path, log):
 
 
 def settings(args):
-    """The flags that decide the numbers, as text: --resume needs the same ones."""
-    return {"script": args.script} | {name: str(value) for name, value in vars(args).items()
-                                      if name not in MAY_CHANGE_ON_RESUME}
+    """The flags that decide the numbers, as text: --resume needs the same ones.
+
+    Lists name the trainings to make, and a run may go on with more of them.
+    """
+    return {"script": args.script, "processes": str(processes())} | {
+        name: str(value) for name, value in vars(args).items()
+        if name not in MAY_CHANGE_ON_RESUME and not isinstance(value, list)}
 
 
 def save_checkpoint(args, parts, **rest):
     """Writes the states of `parts` (networks, optimisers, ... by name), the random state, the flags
     and `rest` (tensors, numbers, text, lists, dicts) to checkpoint.pt."""
     gpu = torch.get_device_module() if torch.accelerator.is_available() else None
+    random = of_all_processes((torch.get_rng_state(), gpu and gpu.get_rng_state()))
     save({"settings": settings(args), "parts": {k: part.state_dict() for k, part in parts.items()},
-          "random": torch.get_rng_state(), "random_gpu": gpu and gpu.get_rng_state(), **rest},
-         args.out / "checkpoint.pt")
+          "random": random, **rest}, args.out / "checkpoint.pt")
 
 
 def load_checkpoint(args):
@@ -666,9 +855,10 @@ def restore(saved, parts):
     """Puts the states of a loaded checkpoint, the random state too, back into `parts`."""
     for name, part in parts.items():
         part.load_state_dict(saved["parts"][name])
-    torch.set_rng_state(saved["random"])
-    if saved["random_gpu"] is not None and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(saved["random_gpu"])
+    cpu, gpu = saved["random"][rank()]
+    torch.set_rng_state(cpu)
+    if gpu is not None and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(gpu)
 
 
 def kept_path(args, name):
@@ -696,8 +886,3 @@ def load_kept(path, needed, expected):
                  f"{value}: use the same flags, or another --out")
     print(f"using what {relative(path)} has kept")
     return kept
-
-
-def stop(step):
-    """Ends the run after Ctrl-C, once the checkpoint is written."""
-    fail(f"stopped at step {step}; --resume goes on from here", status=130)

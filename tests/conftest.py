@@ -4,7 +4,6 @@ import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -53,10 +52,10 @@ def digits_dir(tmp_path_factory):
 def no_figures(request, monkeypatch):
     """None is made, which takes longer than a few steps of training; if the test is marked with
     draws, all are made and none is written."""
-    monkeypatch.setattr(common, "save_figure", lambda fig, path: plt.close(fig))
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: None)
     if not request.node.get_closest_marker("draws"):
         monkeypatch.setattr(common, "save_panels", lambda path, rows, title="": None)
-        monkeypatch.setattr(common, "plot_curves", lambda path, log, columns, line, title="": None)
+        monkeypatch.setattr(common, "plot_curves", lambda path, log, columns, title="": None)
 
 
 @pytest.fixture

@@ -85,6 +85,46 @@ def test_one_rate_for_all_rows_is_found_out():
     assert rejected(a_batch_is_many_single_runs, twin, 0, 4, 2)
 
 
+def a_start_that_ends_at_nan_loses(invert, seed, n, r):
+    """One start more, which is nan for every picture: the others' best is found as without it."""
+    G, x, z0 = small_generator(seed), normal(seed, n, 1, 4, 4).tanh(), normal(seed + 1, n, r, 3)
+    z, errors = inversion.invert(G, x, z0, 4, 0.3)
+    for at in range(r + 1):
+        bad = torch.full((n, 1, 3), math.nan, dtype=torch.float64)
+        more, errors_of_more = invert(G, x, torch.cat([z0[:, :at], bad, z0[:, at:]], 1), 4, 0.3)
+        assert_close(more, z, rtol=1e-9, atol=1e-12)
+        assert errors_of_more[:, at].isnan().all()
+        others = torch.cat([errors_of_more[:, :at], errors_of_more[:, at + 1:]], dim=1)
+        assert_close(others, errors, rtol=1e-9, atol=1e-12)
+
+
+@given(seeds(), counts, starts)
+def test_a_start_that_ends_at_nan_loses_to_all_others(seed, n, r):
+    a_start_that_ends_at_nan_loses(inversion.invert, seed, n, r)
+
+
+def test_a_plain_argmin_is_found_out():
+    def twin(G, x, z0, steps, lr):
+        errors = inversion.invert(G, x, z0, steps, lr)[1]
+        best = z0[torch.arange(len(x)), errors[:, :, -1].argmin(dim=1)]
+        return inversion.invert(G, x, best[:, None], steps, lr)[0], errors
+    assert rejected(a_start_that_ends_at_nan_loses, twin, 0, 2, 2)
+
+
+@given(seeds(), st.integers(2, 4), st.integers(2, 3))
+def test_it_does_not_matter_how_tensors_lie_in_memory(seed, n, r):
+    """Transposed, or channels last: the same to the last bit."""
+    torch.manual_seed(seed)
+    G = nn.Sequential(nn.Linear(3, 48), nn.Unflatten(1, (3, 4, 4))).double().eval()
+    x, z0 = normal(seed, n, 3, 4, 4), normal(seed + 1, r, n, 3).transpose(0, 1)
+    expected = inversion.invert(G, x, z0.contiguous(), 3, 0.3)
+    G.to(memory_format=torch.channels_last)
+    for other in (x.to(memory_format=torch.channels_last),
+                  x.transpose(2, 3).contiguous().transpose(2, 3)):
+        found = inversion.invert(G, other, z0, 3, 0.3)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 @settings(max_examples=8)
 @given(seeds(), st.integers(1, 3))
 def test_a_linear_generator_is_inverted_by_least_squares(seed, n):
@@ -218,21 +258,35 @@ def run(out, digits_dir, *flags):
     return results(out)
 
 
-def tables(capsys):
-    """What was printed after the figures, without the seconds."""
-    lines = capsys.readouterr().out.split("pictures ")[-1].splitlines()
-    return [line.split()[:7] for line in lines]
+@pytest.fixture
+def found(monkeypatch):
+    """A list that grows by what each run has found: every z and its errors, by pictures, method."""
+    runs, figures = [], inversion.figures
+
+    def keep(args, name, G, x, y, results, samples):
+        runs.append({(label, method, key): numbers[key] for label, methods in results.items()
+                     for method, numbers in methods.items() for key in ("z", "errors")})
+        figures(args, name, G, x, y, results, samples)
+
+    monkeypatch.setattr(inversion, "figures", keep)
+    return runs
 
 
-def test_a_run_killed_in_either_half_resumes_to_the_same_bits(tmp_path, digits_dir, capsys):
+def test_a_run_killed_in_either_half_resumes_to_the_same_bits(tmp_path, digits_dir, found):
     straight = run(tmp_path / "straight", digits_dir)
-    table = tables(capsys)
     assert sorted(straight) == ["log.csv", "samples.pt"] and len(straight["samples.pt"]) == 100
-    for death in (2, 5):  # in the generator's part, then in the encoder's
-        with killed_after(death):
+    for death, place in ((2, ("generator", 2)), (3, ("generator", 5)), (2, ("encoder", 2))):
+        with killed_after(death):  # in the first half, at its end, in the second half
             run(tmp_path / "killed", digits_dir, "--resume")
+        saved = torch.load(tmp_path / "killed" / "checkpoint.pt")
+        assert (saved["name"], saved["step"]) == place
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
-    assert tables(capsys) == table
+    assert len(found) == 2 and same(*found)
+    kept = [torch.load(tmp_path / name / "generator.pt") for name in ("straight", "killed")]
+    assert same(kept[0]["G"], kept[1]["G"]) and same(kept[0]["E"], kept[1]["E"])
+    assert [(row["model"], row["step"]) for row in kept[0]["log"]] == [
+        ("generator", 1), ("generator", 2), ("generator", 3), ("generator", 4), ("generator", 5),
+        ("encoder", 1), ("encoder", 2), ("encoder", 3), ("encoder", 4)]
 
 
 @pytest.mark.usefixtures("no_checkpoints")
@@ -243,12 +297,12 @@ def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch):
     assert torch.load(tmp_path / "samples.pt").float().mean() > 160
 
 
-def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, capsys,
+def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, found,
                                                                monkeypatch):
     fresh = run(tmp_path, digits_dir)
-    table = tables(capsys)
-    monkeypatch.setattr(inversion, "train", lambda *args: pytest.fail("trained again"))
-    assert same(run(tmp_path, digits_dir), fresh) and tables(capsys) == table
+    for name in ("train_generator", "train_encoder"):
+        monkeypatch.setattr(inversion, name, lambda *args: pytest.fail("trained again"))
+    assert same(run(tmp_path, digits_dir), fresh) and same(*found)
     run(tmp_path, digits_dir, "--starts", "1")  # says nothing about the generator
 
 
@@ -334,16 +388,19 @@ def test_sides_that_the_generator_cannot_draw_are_refused(tmp_path, digits_dir, 
 
 def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
     monkeypatch.setattr(inversion, "encoder_loss", lambda E, G, x, z: E(x).sum() * math.nan)
-    one_line(capsys, lambda: run(tmp_path, digits_dir), "loss_e is nan at step 6", status=1)
+    one_line(capsys, lambda: run(tmp_path, digits_dir), "loss_e is nan at step 1", status=1)
     assert not (tmp_path / "generator.pt").exists()
-    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 5
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert saved["name"] == "generator" and saved["step"] == 5
 
 
 @settings(max_examples=5)
 @given(st.integers(1, 40))
 def test_figures_take_any_number_of_pictures(n):
     x = torch.arange(float(n))[:, None, None, None].expand(n, 1, 4, 4) / n
-    assert inversion.first(x, 32).shape[0] == 32
-    assert torch.equal(inversion.first(x, 32)[:min(n, 32)], x[:32])
     ends = inversion.between(x).unflatten(0, (8, 9))[:, [0, -1]]
-    assert_close(ends.flatten(0, 1), inversion.first(x, 16))
+    assert_close(ends.flatten(0, 1), torch.cat([x] * 16)[:16])
+    labels = torch.arange(n) % 10
+    each = [min(20 // min(n, 10), (labels == k).sum()) for k in labels.unique()]
+    assert len(inversion.worst(x, torch.zeros_like(x), labels)) == 2 * sum(each)
+    assert len(inversion.worst(x, torch.zeros_like(x), None)) == 2 * min(n, 20)

@@ -37,13 +37,20 @@ def random_mask(seed, n, side):
 
 # --- restoration -------------------------------------------------------------------------------
 
+def spoilt(y, mask, seed):
+    """y with other numbers, and with none at all, where the mask is 0."""
+    for fill in (10 * normal(seed, *y.shape), math.nan, math.inf, -math.inf):
+        yield torch.where(mask == 1, y, fill)
+
+
 def hidden_pixels_do_not_matter(restore, seed, n, r):
-    """Whatever y holds where the mask is 0: the same z, to the last bit."""
+    """Whatever y holds where the mask is 0, nan too: the same z, to the last bit."""
     G, y, mask = small_generator(seed), normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
-    other = torch.where(mask == 1, y, 10 * normal(seed + 1, n, 1, 4, 4))
     z0 = normal(seed + 2, n, r, 3)
-    found, again = (restore(G, target, mask, z0, 5, 0.1, 0.03) for target in (y, other))
-    assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+    found = restore(G, y, mask, z0, 5, 0.1, 0.03)
+    for other in spoilt(y, mask, seed + 1):
+        again = restore(G, other, mask, z0, 5, 0.1, 0.03)
+        assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
 
 
 @given(seeds(), counts, starts)
@@ -55,6 +62,74 @@ def test_blind_restoration_sees_what_should_be_hidden():
     def blind(G, y, mask, *rest):
         return restoration.restore(G, y, torch.ones_like(mask), *rest)
     assert rejected(hidden_pixels_do_not_matter, blind, 0, 2, 2)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda G, z, y, mask: (mask * (G(z) - y) ** 2).flatten(1).sum(dim=1),
+    lambda G, z, y, mask: torch.where(mask == 1, (G(z) - y) ** 2, 0.0).flatten(1).sum(dim=1)],
+    ids=["0 times nan", "0 times nan in the gradient"])
+def test_hiding_by_multiplication_is_found_out(twin, monkeypatch):
+    monkeypatch.setattr(restoration, "misfit", twin)
+    assert rejected(hidden_pixels_do_not_matter, restoration.restore, 0, 2, 2)
+
+
+@given(seeds(), counts)
+def test_hidden_pixels_do_not_matter_to_measures_and_starts(seed, n):
+    G, y, mask = small_generator(seed), normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
+    z, x = normal(seed + 1, n, 3), normal(seed + 2, n, 1, 4, 4)
+    pool = (z, G(z).detach())
+
+    def all_of(y):
+        return (restoration.misfit(G, z, y, mask), restoration.neighbours(y, mask),
+                torch.tensor(restoration.psnr(y, x, mask)),
+                torch.tensor(restoration.psnr(x, y, mask)),
+                torch.tensor(restoration.share_of_wins(y, x, x + 1, mask)),
+                restoration.nearest_starts(pool, y, mask, 0.1, 1))
+    for other in spoilt(y, mask, seed + 3):
+        assert all(torch.equal(a, b) for a, b in zip(all_of(y), all_of(other), strict=True))
+
+
+def a_start_that_ends_at_nan_loses(restore, seed, n, r):
+    """One start more, which is nan for every picture: the others' best is found as without it."""
+    G, y, mask = small_generator(seed), normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
+    z0 = normal(seed + 2, n, r, 3)
+    z, objectives = restoration.restore(G, y, mask, z0, 4, 0.1, 0.2)
+    for at in range(r + 1):
+        bad = torch.full((n, 1, 3), math.nan, dtype=torch.float64)
+        more, of_more = restore(G, y, mask, torch.cat([z0[:, :at], bad, z0[:, at:]], 1), 4, 0.1,
+                                0.2)
+        assert_close(more, z, rtol=1e-9, atol=1e-12)
+        assert of_more[:, at].isnan().all()
+        others = torch.cat([of_more[:, :at], of_more[:, at + 1:]], dim=1)
+        assert_close(others, objectives, rtol=1e-9, atol=1e-12)
+
+
+@given(seeds(), counts, starts)
+def test_a_start_that_ends_at_nan_loses_to_all_others(seed, n, r):
+    a_start_that_ends_at_nan_loses(restoration.restore, seed, n, r)
+
+
+def test_a_plain_argmin_is_found_out():
+    def twin(G, y, mask, z0, *rest):
+        objectives = restoration.restore(G, y, mask, z0, *rest)[1]
+        best = z0[torch.arange(len(y)), objectives.argmin(dim=1)]
+        return restoration.restore(G, y, mask, best[:, None], *rest)[0], objectives
+    assert rejected(a_start_that_ends_at_nan_loses, twin, 0, 2, 2)
+
+
+@given(seeds(), st.integers(2, 4), st.integers(2, 3))
+def test_it_does_not_matter_how_tensors_lie_in_memory(seed, n, r):
+    """Transposed, or channels last: the same to the last bit."""
+    torch.manual_seed(seed)
+    G = nn.Sequential(nn.Linear(3, 48), nn.Unflatten(1, (3, 4, 4))).double().eval()
+    y, mask = normal(seed, n, 3, 4, 4), random_mask(seed, n, 4)
+    z0 = normal(seed + 1, r, n, 3).transpose(0, 1)
+    expected = restoration.restore(G, y, mask, z0.contiguous(), 3, 0.1, 0.2)
+    for other in (y.to(memory_format=torch.channels_last),
+                  y.transpose(2, 3).contiguous().transpose(2, 3)):
+        lying = mask.transpose(2, 3).contiguous().transpose(2, 3)
+        found = restoration.restore(G, other, lying, z0, 3, 0.1, 0.2)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def linear_restoration_is_ridge_regression(restore, seed, lam):
@@ -333,20 +408,40 @@ def run(out, digits_dir, *flags):
     return results(out)
 
 
-def tables(capsys):
-    """The numbers printed after the training, without the speeds."""
-    lines = capsys.readouterr().out.split("test pictures")[-1].splitlines()
-    return [line.split() for line in lines if "s left" not in line and "wrote" not in line]
+@pytest.fixture
+def restored(monkeypatch):
+    """A list that grows by each study that is made: all its pictures, by damage and method."""
+    studies = []
+
+    def keeping(study):
+        def keep(*args):
+            results = study(*args)
+            studies.append({(damage, method): pictures for damage, numbers in results.items()
+                            for method, pictures in numbers["pictures"].items()})
+            return results
+        return keep
+
+    for name in ("mask_study", "noise_study"):
+        monkeypatch.setattr(restoration, name, keeping(getattr(restoration, name)))
+    return studies
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, digits_dir, capsys):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, digits_dir, restored):
     straight = run(tmp_path / "straight", digits_dir)
-    table = tables(capsys)
     assert sorted(straight) == ["log.csv", "samples.pt"]
     with killed_after(3):
         run(tmp_path / "killed", digits_dir, "--resume")
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt")["step"] == 3
     assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
-    assert tables(capsys) == table
+    assert len(restored) == 4 and same(restored[0], restored[2]) and same(restored[1], restored[3])
+
+
+def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
+    discriminator = restoration.discriminator
+    monkeypatch.setattr(restoration, "discriminator", lambda c, side: nn.Sequential(
+        discriminator(c, side), nn.Threshold(math.inf, math.nan)))  # a D that says nan to all
+    one_line(capsys, lambda: run(tmp_path, digits_dir), "loss_d is nan at step 1", status=1)
+    assert not (tmp_path / "generator.pt").exists()
 
 
 @pytest.mark.usefixtures("no_checkpoints")
@@ -357,14 +452,14 @@ def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch):
     assert torch.load(tmp_path / "samples.pt").float().mean() > 160
 
 
-def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, capsys,
+def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_dir, restored,
                                                                monkeypatch):
     fresh = run(tmp_path / "a", digits_dir)
-    table = tables(capsys)
-    monkeypatch.setattr(restoration, "train", lambda *args: pytest.fail("trained again"))
-    assert same(run(tmp_path / "a", digits_dir), fresh) and tables(capsys) == table
+    monkeypatch.setattr(restoration, "train_generator", lambda *args: pytest.fail("trained again"))
+    assert same(run(tmp_path / "a", digits_dir), fresh)
     asked = run(tmp_path / "b", digits_dir, "--generator", str(tmp_path / "a/generator.pt"))
-    assert same(asked, fresh) and tables(capsys) == table
+    assert same(asked, fresh) and len(restored) == 6
+    assert all(same(restored[i], restored[i % 2]) for i in range(6))
 
 
 def test_the_generator_of_chapter_04_fits(tmp_path, digits_dir, monkeypatch):
@@ -440,7 +535,7 @@ def test_options_reach_the_search(tmp_path, digits_dir, monkeypatch, flag, value
 def test_ones_own_mask_and_picture(tmp_path, digits_dir, capsys):
     mask = scribble(tmp_path / "m.png", (28, 28), (10, 10, 15, 18))
     run(tmp_path, digits_dir, "--mask", str(mask))
-    rows = tables(capsys)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows[-4:]] == ["drawn", "mask", "psnr", "mask"]
     assert rows[-3][1] == f"{40 / 784:.3f}"
     image = photo(tmp_path / "a.png")

@@ -3,7 +3,8 @@
 import csv
 import importlib
 import math
-from statistics import mean
+from argparse import Namespace
+from statistics import mean, stdev
 from unittest import mock
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_a_batch_of_the_prior_has_the_moment_loss_of_its_luck(seed):
     assert 0.3 < loss / (27 / (3 * n)) < 2
 
 
+@given(seeds(), st.integers(2, 300), st.sampled_from([0.1, 1e-3, 777.7, -5.3]))
+def test_a_constant_coordinate_has_no_kurtosis_and_no_variance(seed, n, value):
+    """In float32 the mean of n copies of 0.1 is not 0.1: rounding must not count as a variance."""
+    z = normal(seed, n, 2).float()
+    z[:, 0] = value
+    mean, variance, kurtosis = wae.moments(z)
+    assert variance[0] == 0 and kurtosis[0].isnan() and kurtosis[1].isfinite()
+    assert abs(mean[0].item() - value) <= n * torch.finfo(z.dtype).eps * abs(value)
+
+
 def test_codes_without_moments_or_of_other_length_are_refused():
     for z in (torch.zeros(1, 3), torch.zeros(4)):
         with pytest.raises(ValueError):
@@ -122,9 +133,55 @@ def test_mmd_is_its_double_sum(seed, n, m, d):
     lambda a, b: -wae.mmd_imq(a, b),
     lambda a, b: wae.mmd_imq(a, b) ** 0.5,
     lambda a, b: wae.mmd_imq(a, b) + len(wae.SCALES) / len(a),   # pairs with itself: biased
-    lambda a, b: wae.mmd_imq(a * 2 ** 0.5, b * 2 ** 0.5)])       # another scale
+    lambda a, b: wae.mmd_imq(a * 2 ** 0.5, b * 2 ** 0.5),        # another scale
+    lambda a, b: wae.mmd_imq(a, b + 10)])                        # only one of them moved
 def test_wrong_mmds_are_rejected(twin):
     assert rejected(mmd_is_its_double_sum, twin, 0, 5, 7, 2)
+
+
+def mmd_in_float32_is_that_in_float64(mmd, seed, place, prior_place):
+    """For the same numbers: wherever they are, two points at a small distance keep it."""
+    d, eps = 16, torch.finfo(torch.float32).eps
+    z, prior = (normal(seed, 2, 20, d) + torch.tensor([place, prior_place])[:, None, None]).float()
+    exact = wae.mmd_imq(z.double(), prior.double()).item()
+    # moved near 0, a coordinate is below 5 + 6 σ, so ‖a‖² < 11² d. Some of its roundings are the
+    # error of ‖a - b‖², and a kernel changes by that divided by its C
+    slack = 8 * eps * 11 ** 2 * d / (2 * d * min(wae.SCALES))
+    assert_close(mmd(z, prior).item(), exact, rtol=0, atol=slack)
+
+
+places = st.sampled_from([0.0, 4.0, -1000.0, 3000.0, 1e5])
+
+
+@given(seeds(), places, places)
+def test_mmd_in_float32_is_that_in_float64(seed, place, prior_place):
+    mmd_in_float32_is_that_in_float64(wae.mmd_imq, seed, place, prior_place)
+
+
+@pytest.mark.parametrize("place, prior_place", [(3000.0, 3000.0), (3000.0, 0.0), (0.0, 3000.0)])
+def test_an_mmd_of_codes_that_stay_where_they_are_is_rejected(monkeypatch, place, prior_place):
+    monkeypatch.setattr(torch.Tensor, "round", lambda x: torch.zeros_like(x))
+    assert rejected(mmd_in_float32_is_that_in_float64, wae.mmd_imq, 0, place, prior_place)
+
+
+def mmd_has_no_negative_distances(mmd, seed):
+    """p, p, -p, -p: 2 of the 6 pairs have k = 7, the largest value, the others nearly 0.
+
+    So each set has a mean k from 0 to 7/3. Roundings of ‖p‖², 10^8 or so, are as large as C.
+    """
+    p = 3000 * normal(seed, 1, 16).float()
+    z = torch.cat([p, p, -p, -p])
+    assert -1e-4 < mmd(z, 100 * z).item() <= 14 / 3 + 1e-4
+
+
+@given(seeds())
+def test_mmd_has_no_negative_distances(seed):
+    mmd_has_no_negative_distances(wae.mmd_imq, seed)
+
+
+def test_an_mmd_of_negative_distances_is_rejected(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda x, min: x)
+    assert any(rejected(mmd_has_no_negative_distances, wae.mmd_imq, seed) for seed in range(9))
 
 
 def mmd_has_mean_zero_for_equal_laws(mmd, seed, runs=400):
@@ -179,6 +236,13 @@ def test_shuffling_keeps_each_coordinate_and_loses_the_rest(seed, n, d):
     assert torch.equal(mixed.sort(dim=0).values, z)
     line = torch.arange(200.0)[:, None].expand(-1, 2)
     assert abs(torch.corrcoef(wae.shuffled(line).T)[0, 1].item()) < 6 / 200 ** 0.5
+
+
+def test_draws_of_the_prior_are_compared_with_other_draws():
+    """With the same ones MMD² is not about 0, but -2 (7 - E k) / n. The default seed is 0."""
+    mmd = [wae.limits(Namespace(seed=seed, n_codes=300, z_dim=16), {})["N(0, I)"]["mmd"]
+           for seed in range(10)]
+    assert abs(mmd[0]) < 6 * stdev(mmd[1:])
 
 
 # --- schedule and networks ---------------------------------------------------------------------
@@ -280,7 +344,7 @@ def test_training_brings_the_codes_nearer_to_the_prior(tmp_path, digits_dir, mon
 
 
 def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
-    monkeypatch.setitem(wae.PENALTIES, "moments", lambda z: z.sum() * math.nan)
+    monkeypatch.setitem(wae.PENALTIES, "moments", (lambda z: z.sum() * math.nan, 1.0))
     one_line(capsys, lambda: run(tmp_path, digits_dir, "--models", "moments"),
              "loss is nan at step 1", status=1)
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -289,7 +353,7 @@ def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, ca
 @pytest.mark.parametrize("flags, words", [
     (["--models", "vae"], ["--models", "vae"]),
     (["--z-dim", "0"], ["--z-dim", "0"]),
-    (["--z-dim", "1"], ["--z-dim 2 or more"]),
+    (["--z-dim", "1"], ["--z-dim", "2 or more"]),
     (["--lr", "-1"], ["--lr", "-1"]),
     (["--batch", "1"], ["--batch 2 or more"])])
 def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -177,6 +177,22 @@ def test_all_layers_of_d_are_normalised_and_only_with_sn():
         assert all(1 - 1e-5 < sigma < 1.01 for sigma in sigmas) == sn
 
 
+def test_power_iteration_needs_some_passes():
+    """What discriminator's docstring says of the largest singular value of a layer."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        D = gan.discriminator(1, 28, sn=True)
+
+        def largest():
+            return max(torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item()
+                       for layer in D.eval() if isinstance(layer, (nn.Conv2d, nn.Linear)))
+
+        assert 1.05 < largest() < 1.6
+        for _ in range(20):
+            D.train()(torch.zeros(1, 1, 28, 28))
+        assert 1 - 1e-5 < largest() < 1.05
+
+
 def test_evaluation_does_not_move_u_and_training_does():
     torch.manual_seed(0)
     D = gan.discriminator(1, 28, sn=True)
@@ -340,6 +356,30 @@ def test_splits_give_mean_and_deviation_over_the_parts(seed, splits):
     assert_close(got, (float(np.mean(parts)), float(np.std(parts))), rtol=1e3 * EPS, atol=1e3 * EPS)
 
 
+@given(seeds(), st.integers(1, 50), st.integers(1, 1000),
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_inception_score_takes_the_probabilities_of_coarse_types(seed, n, k, dtype):
+    """Each is wrong by a rounding, and the score by as much of its logarithm and of itself."""
+    probs = (2 * normal(seed, n, k)).to(dtype).softmax(dim=1)
+    rows = probs.double() / probs.double().sum(dim=1, keepdim=True)
+    assert_close(gan.inception_score(probs)[0], gan.inception_score(rows)[0],
+                 rtol=8 * torch.finfo(dtype).eps * (1 + math.log(k)), atol=0)
+
+
+@given(seeds(), st.integers(2, 1000),
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
+def test_inception_score_refuses_logits_of_every_type(seed, k, dtype):
+    logits = 2 * normal(seed, 5, k)
+    for wrong in (logits, logits.relu() + 0.1, logits.sigmoid(), 1.2 * logits.softmax(dim=1)):
+        assume((wrong.sum(dim=1) - 1).abs().max() > 0.1)
+        with pytest.raises(ValueError, match="no probabilities"):
+            gan.inception_score(wrong.to(dtype))
+
+
+def test_inception_score_takes_whole_numbers():
+    assert gan.inception_score(torch.eye(4, dtype=torch.int64))[0] == pytest.approx(4)
+
+
 def test_inception_score_refuses_what_are_no_probabilities():
     for wrong in (torch.randn(5, 3), torch.full((5, 3), 0.5), torch.tensor([[2.0, -1.0]]),
                   torch.tensor([[math.nan, 1.0]])):
@@ -432,6 +472,23 @@ def test_frechet_distance_refuses_too_few_rows_and_other_features():
             gan.frechet_distance(a, b)
 
 
+def test_frechet_distance_refuses_what_is_not_finite():
+    for value in (math.nan, math.inf):
+        bad = torch.randn(9, 4, generator=generator(0))
+        bad[3, 2] = value
+        for a, b in ((bad, bad.nan_to_num(0, 0)), (bad.nan_to_num(0, 0), bad)):
+            with pytest.raises(ValueError, match="not finite"):
+                gan.frechet_distance(a, b)
+
+
+@given(seeds(), st.sampled_from([2, 8, 32]))
+def test_frechet_distance_of_features_of_low_rank_is_hardly_below_0(seed, d):
+    """d features that are sums of d / 8: most eigenvalues are 0, and their roots √EPS."""
+    a = normal(seed, 3 * d, max(1, d // 8)) @ normal(seed + 1, max(1, d // 8), d)
+    traces = 2 * torch.cov(a.T).trace().item()
+    assert abs(gan.frechet_distance(a, a.flip(0))) <= 1e-7 * traces
+
+
 # --- truncation, trend -------------------------------------------------------------------------
 
 def truncated_draws_have_their_variance(truncated_normal, seed, limit):
@@ -454,6 +511,28 @@ def test_truncated_draws_have_their_variance(seed, limit):
     lambda n, d, limit, rng: limit * (2 * torch.rand(n, d, generator=rng) - 1)])
 def test_clamped_and_uniform_draws_are_rejected(twin):
     assert rejected(truncated_draws_have_their_variance, twin, 0, 1.0)
+
+
+@given(seeds(), st.sampled_from([1e-30, 1e-8, 1e-5, 1e-3]))
+def test_draws_within_a_small_limit_are_uniform(seed, limit):
+    """The density hardly falls there: mean square limit² / 3; 6 standard errors of 40,000."""
+    ratio = gan.truncated_normal(400, 100, limit, generator(seed)).double() / limit
+    assert ratio.abs().max() <= 1 + torch.finfo(torch.float32).eps
+    assert abs((ratio ** 2).mean() - 1 / 3) <= 6 * math.sqrt(4 / 45) / 200
+    assert abs(ratio.mean()) <= 6 * math.sqrt(1 / 3) / 200
+
+
+@given(seeds(), st.floats(0.01, 20))
+def test_no_draw_passes_its_limit(seed, limit):
+    z = gan.truncated_normal(20, 50, limit, generator(seed))
+    assert z.dtype == torch.float32 and z.abs().max() <= torch.tensor(limit)
+
+
+def test_the_extreme_of_the_uniform_numbers_gives_the_limit(monkeypatch):
+    """u = -1 can be drawn, and erfinv(-1) is -∞ where erf of the limit has rounded to 1."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape, dtype=torch.float64))
+    for limit in (1.0, 10.0):
+        assert gan.truncated_normal(1, 1, limit).item() == -limit
 
 
 def test_a_limit_that_no_draw_can_keep_is_refused():
@@ -494,7 +573,7 @@ def test_inception_sees_what_torchvision_makes_of_the_picture():
 # --- whole runs --------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
-def small_runs(monkeypatch, no_figures):
+def small_runs(request, monkeypatch, no_figures):
     """A few hundred pictures instead of thousands; all are still scored at every step."""
     whole, quick = common.load_digits, gan.parse_args
 
@@ -508,6 +587,8 @@ def small_runs(monkeypatch, no_figures):
         return args
     monkeypatch.setattr(common, "load_digits", part)
     monkeypatch.setattr(gan, "parse_args", fewer)
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(gan, "draw_scores", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -550,6 +631,36 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
         with killed_after(death):
             run(tmp_path / "killed", digits_dir, kept, "--resume")
     assert same(run(tmp_path / "killed", digits_dir, kept, "--resume"), straight)
+
+
+def classifier_of(out):
+    return torch.load(out / "digit_classifier_quick.pt")["net"]
+
+
+def test_a_kill_around_the_classifier_resumes_to_the_same_bits(tmp_path, digits_dir, monkeypatch):
+    """Within its training, between its file and the next checkpoint, and within the next training.
+
+    20 steps of the classifier make 10 checkpoints, the model's 4 or 5 steps as many.
+    """
+    flags, none = ["--models", "vanilla", "--resume"], tmp_path / "none"
+    straight = run(tmp_path / "straight", digits_dir, none, *flags)
+    killed = tmp_path / "killed"
+    with killed_after(4):
+        run(killed, digits_dir, none, *flags)
+    assert not (killed / "digit_classifier_quick.pt").exists()
+    assert torch.load(killed / "checkpoint.pt")["step"] == 8
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(gan, "train", mock.Mock(side_effect=RuntimeError("killed")))
+        run(killed, digits_dir, none, *flags)
+    assert (killed / "digit_classifier_quick.pt").exists()
+    assert torch.load(killed / "checkpoint.pt")["name"] == "classifier"
+    with monkeypatch.context() as patch:
+        patch.setattr(gan.F, "cross_entropy", lambda *_: pytest.fail("trained again"))
+        with killed_after(2):
+            run(killed, digits_dir, none, *flags)
+        assert torch.load(killed / "checkpoint.pt")["name"] == "vanilla"
+        assert same(run(killed, digits_dir, none, *flags), straight)
+    assert same(classifier_of(killed), classifier_of(tmp_path / "straight"))
 
 
 def test_a_checkpoint_holds_64_pictures_of_a_run_and_not_the_rest(tmp_path, digits_dir, kept):
@@ -620,11 +731,9 @@ def test_clipping_holds_the_slope_below_its_documented_bound():
 
 @pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name, column", [
-    ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"clip": False}),
+    ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"after_d": lambda D: None}),
     ("wgan-sn", {"d": gan.bce_d}), ("wgan-sn", {"g": gan.nonsaturating_g}),
-    ("wgan-gp", {"penalty": False}),
-    ("vanilla", {"lr": (1e-3, 4e-3)}),
-    ("vanilla", {"lr": (4e-3, 1e-3)})])
+    ("wgan-gp", {"penalty": lambda D, x, x_fake: 0.0}), ("vanilla", {"lr_d": 1e-3})])
 def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, kept, straight,
                                                         monkeypatch, name, column):
     plain = straight(name)
@@ -640,10 +749,11 @@ def test_options_change_what_they_should(tmp_path, digits_dir, straight, flags):
 
 
 @pytest.mark.usefixtures("no_checkpoints")
-def test_the_weight_of_the_penalty_reaches_the_training(tmp_path, digits_dir, kept, straight,
-                                                        monkeypatch):
+@pytest.mark.parametrize("constant, value", [("LAMBDA", 0.0), ("LR", 1e-3)])
+def test_the_weight_of_the_penalty_and_the_rate_of_g_reach_the_training(
+        tmp_path, digits_dir, kept, straight, monkeypatch, constant, value):
     plain = straight("wgan-gp")
-    monkeypatch.setattr(gan, "LAMBDA", 0.0)
+    monkeypatch.setattr(gan, constant, value)
     assert not same(run(tmp_path, digits_dir, kept, "--models", "wgan-gp"), plain)
 
 
@@ -655,8 +765,9 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, tensors
 
 @pytest.mark.draws
 @pytest.mark.usefixtures("no_checkpoints")
-def test_the_full_study_runs_every_n_critic(tmp_path, digits_dir, kept):
-    out = run(tmp_path, digits_dir, kept, "--full", "--models", "sn", "wgan", "--steps", "1")
+def test_the_study_runs_every_n_critic(tmp_path, digits_dir, kept):
+    out = run(tmp_path, digits_dir, kept, "--n-critic", "1", "2", "5", "20", "--models", "sn",
+              "wgan", "--steps", "2")
     assert set(out) == {"log.csv"} | {f"samples_{name}-x{n}.pt" for name in ("sn", "wgan")
                                       for n in (2, 5, 20)} | {"samples_sn.pt", "samples_wgan.pt"}
 
@@ -719,7 +830,7 @@ def test_the_scores_are_of_the_reference_and_of_the_classes():
     x = torch.zeros(40, 1, 2, 2, dtype=torch.uint8)
     x[:10, 0, 0, 0] = 255
     ruler = gan.Ruler("digit", net, torch.tensor([[-1.0], [1.0]] * 20), x)
-    found = gan.score(ruler, x)
+    found = ruler.score(x)
     p = [0.25, 0.75]
     assert found["KL"] == pytest.approx(sum(q * math.log(2 * q) for q in p))
     assert found["IS"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)))
@@ -731,7 +842,7 @@ def test_the_classifier_is_kept_and_refused_when_it_does_not_fit(tmp_path, digit
                                                                  monkeypatch):
     run(tmp_path, digits_dir, kept, "--models", "sn")
     first = (tmp_path / kept.name).read_bytes()
-    monkeypatch.setattr(gan, "train_classifier", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(gan.F, "cross_entropy", lambda *_: pytest.fail("trained again"))
     run(tmp_path, digits_dir, kept, "--models", "sn")
     assert (tmp_path / kept.name).read_bytes() == first
     capsys.readouterr()
@@ -746,11 +857,15 @@ def test_samples_that_cannot_be_scored_are_named(tmp_path, digits_dir, kept, cap
     torch.save({"x": 1}, tmp_path / "dict.pt")
     torch.save(torch.zeros(64, 1, 28, 28).byte(), tmp_path / "few.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in {"few.pt": ["64 pictures", "needs 65"], "dict.pt": ["cannot be read"],
-                        "text.pt": ["cannot be read"], "none.pt": ["cannot be read"]}.items():
+    for name in ("dict.pt", "text.pt", "none.pt"):
         capsys.readouterr()
         one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", str(tmp_path / name)),
-                 name, *words)
+                 name, "cannot be read")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, digits_dir, kept, "--score", str(tmp_path / "few.pt"))
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and "no file is left" in shown.err
+    assert "few.pt holds torch.uint8 [64, 1, 28, 28]; wanted are 65 or more" in shown.out
 
 
 def test_samples_of_other_data_are_left_out_aloud(tmp_path, digits_dir, kept, capsys):
@@ -761,7 +876,8 @@ def test_samples_of_other_data_are_left_out_aloud(tmp_path, digits_dir, kept, ca
     paths = [common.relative(tmp_path / f"{name}.pt") for name in ("ring", "colour", "black")]
     run(tmp_path, digits_dir, kept, "--score", *paths)
     shown = capsys.readouterr().out
-    assert "ring.pt holds torch.float32 [2]" in shown and "colour.pt holds torch.uint8 [3" in shown
+    assert "ring.pt holds torch.float32 [300, 2]" in shown
+    assert "colour.pt holds torch.uint8 [100, 3, 28, 28]" in shown
     assert re.search(r"black.pt +100 ", shown)
     one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", *paths[:2]),
              "no file is left")

@@ -1,17 +1,22 @@
 """common.py: data in, pictures and files out, one line for every mistake."""
 
+import argparse
 import contextlib
+import errno
 import importlib
 import io
 import math
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +25,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import common
-from harness import one_line
+from harness import killed_after, one_line
 from strategies import generator, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
@@ -29,7 +34,13 @@ unrolled = importlib.import_module("03_unrolled_gan")
 def arguments(tmp_path, *flags):
     """The flags of chapter 03 with everything under tmp_path."""
     folders = ["--out", tmp_path / "out", "--data-dir", tmp_path / "data"]
-    return unrolled.parse_args([str(flag) for flag in [*folders, *flags]])[0]
+    return unrolled.parse_args([str(flag) for flag in [*folders, *flags]])
+
+
+def start(args):
+    """A run that does nothing: makes the output folder."""
+    with common.Run(args):
+        pass
 
 
 def write_mnist(root, n=20):
@@ -138,7 +149,7 @@ def test_a_run_that_fell_back_to_digits_does_not_go_on_with_mnist(tmp_path, digi
                                                                   capsys):
     args = arguments(tmp_path)
     args.data, args.data_dir = None, digits_dir
-    common.start(args)
+    start(args)
     common.load_images(args, "cpu")
     common.save_checkpoint(args, {})
     write_mnist(tmp_path / "mnist")
@@ -170,7 +181,7 @@ def test_no_two_drawn_digits_are_alike(seed):
 def test_folder_is_cropped_resized_and_split(tmp_path, mode):
     write_folder(tmp_path / "pictures", mode=mode)
     args = arguments(tmp_path, "--data", tmp_path / "pictures", "--size", 16)
-    common.start(args)
+    start(args)
     for _ in range(2):  # decoded, then from the kept file
         train, test = (common.load_images(args, "cpu", train=part) for part in (True, False))
         assert train.x.shape == (11, 3, 16, 16) and train.x.dtype == torch.uint8
@@ -182,7 +193,7 @@ def test_folder_is_cropped_resized_and_split(tmp_path, mode):
 def test_a_changed_folder_is_decoded_again(tmp_path):
     write_folder(tmp_path / "pictures")
     args = arguments(tmp_path, "--data", tmp_path / "pictures", "--size", 16)
-    common.start(args)
+    start(args)
     common.load_images(args, "cpu")
     first = tmp_path / "pictures" / "deep" / "00.png"
     before = first.stat()
@@ -237,14 +248,14 @@ def test_wrong_flags_give_one_line(capsys, tmp_path, flags, word):
 
 @pytest.mark.parametrize("device", ["cuda:77", "toaster"])
 def test_missing_device_gives_one_line(capsys, tmp_path, device):
-    one_line(capsys, lambda: common.start(arguments(tmp_path, "--device", device)), device)
+    one_line(capsys, lambda: start(arguments(tmp_path, "--device", device)), device)
 
 
 def test_unwritable_output_gives_one_line(capsys, tmp_path):
     (tmp_path / "file").touch()
     args = arguments(tmp_path)
     args.out = tmp_path / "file" / "out"
-    one_line(capsys, lambda: common.start(args), "cannot write", "--out")
+    one_line(capsys, lambda: start(args), "cannot write", "--out")
 
 
 def load(tmp_path, *flags):
@@ -287,7 +298,7 @@ def test_small_picture_is_named(capsys, tmp_path):
 
 def test_checkpoint_round_trips_networks_and_random_state(tmp_path):
     args = arguments(tmp_path, "--resume")
-    common.start(args)
+    start(args)
     net = torch.nn.Linear(3, 2)
     common.save_checkpoint(args, {"net": net}, step=7)
     expected, other = torch.rand(4), torch.nn.Linear(3, 2)
@@ -304,7 +315,7 @@ def test_resume_without_checkpoint_begins(tmp_path, capsys):
 
 def test_checkpoint_of_other_flags_or_script_is_refused(tmp_path, capsys):
     args = arguments(tmp_path, "--seed", 1)
-    common.start(args)
+    start(args)
     common.save_checkpoint(args, {})
     other = arguments(tmp_path, "--seed", 2, "--resume")
     one_line(capsys, lambda: common.load_checkpoint(other), "seed 1", "2")
@@ -314,14 +325,14 @@ def test_checkpoint_of_other_flags_or_script_is_refused(tmp_path, capsys):
 
 def test_broken_checkpoint_is_refused(tmp_path, capsys):
     args = arguments(tmp_path, "--resume")
-    common.start(args)
+    start(args)
     (args.out / "checkpoint.pt").write_bytes(b"half a file")
     one_line(capsys, lambda: common.load_checkpoint(args), "checkpoint.pt", "not a readable")
 
 
 def test_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
     args = arguments(tmp_path, "--resume")
-    common.start(args)
+    start(args)
     torch.save({"settings": common.settings(args), "parts": print}, args.out / "checkpoint.pt")
     one_line(capsys, lambda: common.load_checkpoint(args), "not a readable")
 
@@ -374,9 +385,9 @@ def test_a_full_disk_gives_one_line_and_leaves_the_old_file(beside):
 START = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
-common.start(common.parser("", "03_unrolled_gan.py").parse_args(["--out", sys.argv[1]]))
-print("ready", flush=True)
-signal.pause()"""
+with common.Run(common.parser("", "03_unrolled_gan.py").parse_args(["--out", sys.argv[1]])):
+    print("ready", flush=True)
+    signal.pause()"""
 
 
 def two_at_once(folder):
@@ -400,7 +411,7 @@ def test_of_two_runs_into_the_same_folder_one_is_refused_until_the_other_is_dead
     left, mine = args.out / "checkpoint.pt.17.tmp", args.out / "notes.tmp"
     left.touch()  # what a kill in the middle of a write leaves
     mine.touch()
-    common.start(args)
+    start(args)
     assert not left.exists() and mine.exists()
 
 
@@ -425,21 +436,6 @@ def test_a_loss_that_is_not_finite_is_named(bad, capsys):
     assert stop.value.code == 1 and f"loss_g is {bad} at step 4" in capsys.readouterr().err
 
 
-def test_first_ctrl_c_only_asks_the_second_stops():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
-    try:
-        with common.ctrl_c() as pressed:
-            assert not pressed()
-            signal.raise_signal(signal.SIGINT)
-            assert pressed()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @given(st.integers(1, 300), st.integers(1, 60))
 def test_due_as_often_as_asked_evenly_and_at_the_end(steps, times):
     hits = [step for step in range(1, steps + 1) if common.due(step, steps, times)]
@@ -448,9 +444,9 @@ def test_due_as_often_as_asked_evenly_and_at_the_end(steps, times):
 
 
 def test_progress_prints_tenths_when_not_a_terminal(capsys):
-    show = common.progress("k=5", 40, 128)
+    show = common.progress("k=5", 40)
     for step in range(1, 41):
-        show(step, loss=0.5)
+        show(step, 128 * step, loss=0.5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and "step 40/40" in lines[-1] and "loss 0.5" in lines[0]
 
@@ -471,7 +467,7 @@ def terminal():
 
 def test_progress_on_a_terminal_stays_on_one_line():
     with terminal() as (out, _):
-        show = common.progress("k=5", 2, 128)
+        show = common.progress("k=5", 2)
         show(1, loss_d=0.5, loss_g=0.25)
         first = out.getvalue()
         show(2, loss_d=0.5, loss_g=0.25)
@@ -500,3 +496,213 @@ def test_what_is_given_stands_whatever_quick_says(tmp_path):
                                     (["--quick", "--steps", "9"], 9, 1000)):
         args = arguments(tmp_path, *flags)
         assert (args.steps, args.n_samples) == (steps, n_samples), flags
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+TEN = common.Images(torch.arange(160, dtype=torch.uint8).view(10, 1, 4, 4), torch.arange(10), "ten")
+
+
+def toy(args, names=("a", "b"), in_step=lambda run: None):
+    """Trainings of 12 steps that need all that a checkpoint holds: weights, Adam, the rate, noise,
+    the order of the data, what was kept, and what the training before has come to."""
+    with common.Run(args) as run:
+        for name in run.each(names):
+            torch.manual_seed(args.seed + len(run.done))
+            net = torch.nn.Linear(16, 1)
+            opt = torch.optim.Adam(net.parameters(), lr=0.01)
+            rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 12)
+            batches = run.batches(TEN, 4)
+            for step in run.steps(12, net=net, opt=opt, rate=rate):
+                x, y = next(batches)
+                loss = ((net(x.flatten(1) + torch.randn(16))[:, 0] - y) ** 2).mean()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                rate.step()
+                run.log(loss=loss)
+                if run.at((0.25, 0.5)):
+                    run.kept[step] = net.bias.detach().clone()
+                in_step(run)
+            run.done[name] = {"log": run.rows, "kept": run.kept, "weight": net.weight.detach()}
+    return run.done
+
+
+def same_results(a, b):
+    """Equal to the last bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_results(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_results, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return toy(arguments(tmp_path_factory.mktemp("straight")))
+
+
+def test_a_run_keeps_its_log_and_what_it_was_asked_to(straight):
+    assert list(straight) == ["a", "b"] and not same_results(straight["a"], straight["b"])
+    for name, numbers in straight.items():
+        assert [row["step"] for row in numbers["log"]] == list(range(1, 13))
+        assert {row["model"] for row in numbers["log"]} == {name}
+        assert list(numbers["kept"]) == [3, 6]
+
+
+@pytest.mark.parametrize("deaths", [[1], [7], [12], [13], [24], [3, 5, 11]])
+def test_a_run_killed_after_any_checkpoint_goes_on_to_the_same_bits(tmp_path, straight, deaths):
+    """Each death comes right after that many checkpoints of its own life: 12 for each training."""
+    args = arguments(tmp_path, "--resume")
+    for death in deaths:
+        with killed_after(death):
+            toy(args)
+    assert same_results(toy(args), straight)
+    assert same_results(toy(args), straight)  # a finished run resumes to itself
+
+
+@pytest.mark.parametrize("step, name", [(1, "a"), (5, "a"), (12, "a"), (1, "b"), (12, "b")])
+def test_a_run_killed_within_a_step_goes_on_to_the_same_bits(tmp_path, straight, step, name):
+    def die(run):
+        if (run.step, run.name) == (step, name):
+            raise RuntimeError("killed")
+
+    args = arguments(tmp_path, "--resume")
+    with pytest.raises(RuntimeError, match="killed"):
+        toy(args, in_step=die)
+    assert same_results(toy(args), straight)
+
+
+@pytest.mark.parametrize("lost", [None, "drawn", "rows", "kept", "random"])
+def test_a_checkpoint_that_lacks_a_part_is_found_out(tmp_path, straight, monkeypatch, lost):
+    """The wrong twins of the tests above."""
+    args, load = arguments(tmp_path, "--resume"), common.load_checkpoint
+    with killed_after(7):
+        toy(args)
+    start = {"drawn": 0, "rows": [], "kept": {}, "random": [(generator(9).get_state(), None)]}
+    monkeypatch.setattr(common, "load_checkpoint", lambda args: (
+        load(args) | ({lost: start[lost]} if lost else {})))
+    assert same_results(toy(args), straight) == (lost is None)
+
+
+def press_ctrl_c_at(step):
+    def press(run):
+        if (run.step, run.name) == (step, "b"):
+            signal.raise_signal(signal.SIGINT)
+    return press
+
+
+def test_the_first_ctrl_c_waits_for_the_end_of_the_step(tmp_path, straight, capsys):
+    args = arguments(tmp_path, "--resume")
+    one_line(capsys, lambda: toy(args, in_step=press_ctrl_c_at(5)), "stopped at step 5", "--resume",
+             status=130)
+    assert torch.load(args.out / "checkpoint.pt")["step"] == 5
+    assert same_results(toy(args), straight)
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path, straight, capsys):
+    def press_twice(run):
+        press_ctrl_c_at(5)(run)
+        press_ctrl_c_at(5)(run)
+
+    args = arguments(tmp_path, "--resume")
+    one_line(capsys, lambda: toy(args, in_step=press_twice), "files are whole", status=130)
+    assert torch.load(args.out / "checkpoint.pt")["step"] == 4
+    assert same_results(toy(args), straight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, straight, capsys,
+                                                                        bad):
+    def spoil(run):
+        if (run.step, run.name) == (4, "b"):
+            run.log(loss_d=torch.tensor(1.0), loss_g=torch.tensor(bad, requires_grad=True))
+
+    args = arguments(tmp_path, "--resume")
+    one_line(capsys, lambda: toy(args, in_step=spoil), f"loss_g is {bad} at step 4", status=1)
+    assert torch.load(args.out / "checkpoint.pt")["step"] == 3
+    assert same_results(toy(args), straight)
+
+
+def test_a_finished_run_can_be_given_more_trainings(tmp_path, straight):
+    args = arguments(tmp_path, "--resume", "-k", 0)
+    toy(args, names=["a"])
+    args.k = [0, 5]  # flags that are lists name the trainings
+    assert same_results(toy(args), straight)
+
+
+def test_a_training_that_is_half_done_is_not_dropped_for_another(tmp_path, straight, capsys):
+    args = arguments(tmp_path, "--resume")
+    with killed_after(5):
+        toy(args)
+    before = (args.out / "checkpoint.pt").read_bytes()
+    one_line(capsys, lambda: toy(args, names=["b", "a"]), "in the midst of a", "before b")
+    assert (args.out / "checkpoint.pt").read_bytes() == before
+    assert same_results(toy(args), straight)
+
+
+def test_numbers_noted_outside_of_the_log_have_a_row(tmp_path):
+    """Steps 1 to 12 of 1,000: none of the 40 rows is due, and one is asked for."""
+    with common.Run(arguments(tmp_path)) as run:
+        for run.name in run.each(["a"]):
+            for step in run.steps(1000):
+                run.log(loss=1.0 / step)
+                if step == 12:
+                    run.note(score=7)
+                    break
+    assert run.rows == [{"model": "a", "step": 12, "loss": 1 / 12, "score": 7}]
+
+
+def taken():
+    """What a run takes from its process."""
+    return signal.getsignal(signal.SIGINT), sys.excepthook, socket.getdefaulttimeout(), sys.stdout
+
+
+@pytest.mark.parametrize("how", ["well", "refused", "killed"])
+def test_a_run_gives_back_what_it_took(tmp_path, how):
+    """In a notebook the process goes on, and another may want the folder."""
+    before, args = taken(), arguments(tmp_path)
+    end = {"well": lambda run: None, "refused": lambda run: common.fail("no"),
+           "killed": lambda run: 1 / 0}[how]
+    with contextlib.suppress(SystemExit, ZeroDivisionError):
+        toy(args, in_step=end)
+    assert taken() == before
+    code = "with common.Run(common.parser('', 'x.py').parse_args(['--out', sys.argv[1]])): pass"
+    assert in_new_process(code, args.out).wait() == 0
+
+
+def test_a_run_outside_of_the_main_thread_goes_without_ctrl_c(tmp_path, straight):
+    with ThreadPoolExecutor() as pool:
+        assert same_results(pool.submit(toy, arguments(tmp_path)).result(), straight)
+
+
+def test_a_file_system_without_locks_is_no_other_run(tmp_path, capsys, monkeypatch):
+    import fcntl
+    for code, refused in ((errno.ENOLCK, False), (errno.ENOTSUP, False), (errno.EAGAIN, True),
+                          (errno.EACCES, True)):
+        monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=OSError(code, "no")))
+        if refused:
+            one_line(capsys, lambda: start(arguments(tmp_path)), "another run")
+        else:
+            start(arguments(tmp_path))
+
+
+def test_importing_the_project_leaves_matplotlib_as_it_is():
+    code = "import matplotlib\nassert 'matplotlib.pyplot' not in sys.modules"
+    assert in_new_process(code).wait() == 0
+
+
+@pytest.mark.parametrize("kind, bounds, good, bad", [
+    (int, dict(least=1), ["1", "7"], ["0", "-1", "1.5", "x", "", "nan"]),
+    (int, dict(least=0, most=9), ["0", "9"], ["-1", "10"]),
+    (float, dict(above=0), ["1e-9", "3"], ["0", "-1", "nan", "inf", "x"]),
+    (float, dict(least=0), ["0", "1e9"], ["-1e-9", "inf", "nan"]),
+    (float, dict(least=0, most=1), ["0", "1", ".5"], ["1.01", "-0.1", "nan"])])
+def test_numbers_of_flags_have_bounds(kind, bounds, good, bad):
+    parse = common.number(kind, **bounds)
+    assert [parse(text) for text in good] == [kind(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
+            parse(text)
