@@ -1,18 +1,21 @@
 r"""01 - VAE: a bound of log p(x) that a pair of networks can climb.
 
-Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015, arXiv:1509.00519
-Idea     q(z|x) = N(mu(x), σ²(x)),  z = mu + σ u,  u ~ N(0, I)  -> reparameterise()
-         KL(q(z|x) ‖ N(0, I)) = ½ Σ (σ² + mu² - 1 - log σ²) -> kl_standard_normal()
-         log p(x) >= E_q log p(x|z) - KL: its negative is the loss -> negative_elbo()
-         The course's loss is twice that, less a constant               -> vae_loss()
-         With k samples of z the bound comes nearer to log p(x)       -> iwae_bound()
-See      pictures.png: reconstructions, one picture encoded five times, samples, the
-         way from one code to another. study.png: what σ² and the KL term do.
-         Printed: the NLL of test pictures, which is 87.8 nats on MNIST.
-Differs  Convolutions with batch norm where the papers have perceptrons; the rate
-         falls along a cosine. Pixels are drawn to 0 or 1 anew in every batch, as
-         Burda et al. do, so that the NLL compares with theirs (86.8).
-Try      With --z-dim 2, do reconstructions or samples suffer more? Predict, run.
+Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015,
+         arXiv:1509.00519. "The course" is where the second loss comes from.
+Idea     An encoder gives each picture x a normal law of codes z, with mean mu
+         and variance σ²; a decoder draws pictures from codes.
+         z = mu + σ u, u ~ N(0, I): gradients reach mu and σ -> reparameterise()
+         KL = ½ Σ (σ² + mu² - 1 - log σ²) to N(0, I)     -> kl_standard_normal()
+         log p(x) >= E log p(x|z) - KL; descend the negative  -> negative_elbo()
+         The course's loss is twice that, up to a constant         -> vae_loss()
+         With k draws of z the bound comes nearer to log p(x)    -> iwae_bound()
+See      pictures.png: reconstructions, one picture encoded five times, samples,
+         the way from one code to another. study.png: what σ² and the KL do.
+         Printed: -log p(x) of test pictures (NLL), 87.8 nats on MNIST.
+Differs  Convolutions with batch norm where the papers have perceptrons. Pixels
+         are drawn to 0 or 1 anew in each batch, as Burda et al. do (86.8 nats).
+Try      With --z-dim 2, what suffers more, reconstructions or samples? Predict,
+         then run.
 Run      python 01_vae.py
          python 01_vae.py --models vae -k 5 --steps 6400
 """
@@ -298,8 +301,8 @@ def pictures(net, x, x_train, samples):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def figures(args, images, done):
-    """pictures.png: one model; study.png: all; curves.png, study_curves.png and log.csv."""
+def figures(args, images, done, log):
+    """pictures.png: one model; study.png: all; curves.png and study_curves.png."""
     title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     name, numbers = next(iter(done.items()))
     cells = [(text, common.panel(numbers["pictures"][kind], columns)) for kind, columns, text in (
@@ -320,12 +323,10 @@ def figures(args, images, done):
                               common.panel(run["pictures"]["samples"])) for run in done.values()])]
         common.save_panels(args.out / "study.png", rows, title)
 
-    log = [row for run in done.values() for row in run["log"]]
     for file, of_vae in (("curves.png", True), ("study_curves.png", False)):
         rows = [row for row in log if (row["model"] == "vae") == of_vae]
         if rows:
             common.plot_curves(args.out / file, rows, ["loss", "kl", "mse"], title)
-    common.write_log(args.out / "log.csv", log)
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -359,8 +360,7 @@ def parse_args(argv=None):
 
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
-    widths, small = channels(images.x.shape[2])
-    common.check_side(images, small * 2 ** len(widths))
+    common.check_side(images)
     least = 2 * common.processes()
     if min(args.batch, len(images.x)) < least:
         common.fail(f"batch norm needs more than one picture: use --batch {least} or more")
@@ -375,9 +375,8 @@ def main(argv=None):
         known = {name: model_called(name, args, images.x.shape[1]) for name in args.models}
         for name in run.each(args.models):
             net, z_fixed = train(run, args, known[name], images)
-            run.done[name] = {"log": run.rows, **results(args, name, known[name], net, z_fixed,
-                                                         images, test)}
-        figures(args, images, run.done)
+            run.done[name] = results(args, name, known[name], net, z_fixed, images, test)
+        figures(args, images, run.done, run.rows)
         columns = ["nll", "-elbo", "kl", "mse", "spread", "distance"]
         common.print_table([f"{images.name}: model", "likelihood", *columns], [
             [name, numbers["likelihood"], *(f"{numbers[column]:.4g}" for column in columns)]

@@ -1,19 +1,19 @@
 r"""02 - GAN losses: eleven ways to pay D and G, one loop, and how to read a log.
 
-Papers   The class of each method names its paper; the first is Goodfellow et al.
-         2014, arXiv:1406.2661.
-Idea     D climbs E log D(x) + E log(1 - D(G(z)))                     -> bce_d()
-         G descends E log(1 - D(G(z))): it has no slope where D is sure of a fake
-                                                                  -> minimax_g()
-         G climbs E log D(G(z)): full slope there           -> nonsaturating_g()
-         The others put another question to D      -> lsgan_d(), wgan_d(), ...
+Papers   Goodfellow et al. 2014, arXiv:1406.2661; each method names its own.
+Idea     A generator G draws pictures from noise z. A discriminator D gives each
+         picture a score (a logit), and D(x) = σ(score) says how real x looks.
+         D climbs E log D(x) + E log(1 - D(G(z)))                     -> bce_d()
+         G descends E log(1 - D(G(z))): no slope where D is sure  -> minimax_g()
+         G climbs E log D(G(z)) instead: full slope there   -> nonsaturating_g()
+         The others put another question to D       -> lsgan_d(), wgan_d(), ...
 See      samples.png: what each G draws from the same z. saturation.png: three G
          whose D is far ahead, of which the minimax one is frozen. curves.png.
-         Printed: the classes that G draws, by the nearest training picture, and
-         what it means when the losses of a run stay where they are.
-Differs  D has no batch norm, so that every score is of one picture alone; Adam
-         for all, at rates that fall along a cosine. WGAN makes 3 steps of D and
-         WGAN-GP 2 (there 5). More in the classes of the methods.
+         Printed: which classes G draws, by the nearest training picture, and a
+         hint when a log stays where it is and the reason is known.
+Differs  D has no batch norm, so that every score is of one picture alone. Adam
+         for all, at rates that fall along a cosine. WGAN makes 3 steps of D to
+         one of G and WGAN-GP 2 (in the papers 5). See the class of a method.
 Try      --real-label 0.9: where will loss_d stop falling? Predict, then run.
 Run      python 02_gan_losses.py
          python 02_gan_losses.py --loss all
@@ -227,7 +227,7 @@ class Autoencoder(nn.Module):
         convolutions, features = trunk(c, side)
         self.encode = nn.Sequential(convolutions, nn.Linear(features, d))
         self.decode = decoder(d, c, side, nn.Identity)
-        self.register_buffer("k", torch.zeros((), dtype=torch.float64))  # began's
+        self.register_buffer("k", torch.zeros(()))  # of began
 
     def forward(self, x):
         codes = self.encode(x)
@@ -511,7 +511,7 @@ def train(run, args, method, images):
         run.log(loss_d=loss_d, loss_g=loss_g)
         if run.due(40):
             run.note(**readings(method, G, D, x, x_fake.detach(), y))
-            tell_fingerprint(method, run.rows)
+            tell_fingerprint(method, [row for row in run.rows if row["model"] == run.name])
 
     return G, z_fixed
 
@@ -590,7 +590,7 @@ def report(x, y, images, method):
 
     distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units;
     classes: the labels of those that occur; kl: of their histogram to uniform, nats; obeyed: share
-    of samples with the label asked for (infogan: with the one that is most frequent for their code).
+    of samples with the label asked for (infogan: with the most frequent label of their code).
     """
     train = common.to_float(images.x[:10_000]).flatten(1)
     nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
@@ -608,8 +608,8 @@ def report(x, y, images, method):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def figures(args, images, done):
-    """samples.png, saturation.png, curves.png, log.csv."""
+def figures(args, images, done, log):
+    """samples.png, saturation.png, curves.png."""
     title = f"GAN losses on {images.name}, seed {args.seed}, same z"
     cells = {}
     for name, numbers in done.items():
@@ -619,7 +619,6 @@ def figures(args, images, done):
     common.save_panels(args.out / "samples.png",
                        [("", all_cells[i:i + 4]) for i in range(0, len(all_cells), 4)], title)
 
-    log = [row for numbers in done.values() for row in numbers["log"]]
     ahead = [cell for name, cell in cells.items() if name.endswith("-ahead")]
     if ahead:
         curves = [("slope of G's loss against D(G(z)):\nformula, and where training was",
@@ -629,7 +628,6 @@ def figures(args, images, done):
                            f"{title}, D far ahead")
     common.plot_curves(args.out / "curves.png", log, ["loss_d", "loss_g", "D(x)", "D(G(z))",
                                                       "gradient"], title)
-    common.write_log(args.out / "log.csv", log)
 
 
 def draw_slopes(ax, log):
@@ -689,8 +687,7 @@ def parse_args(argv=None):
 
 def check(args, images):
     """Ends the run if the flags do not fit the data or the losses."""
-    widths, small = channels(images.x.shape[2])
-    common.check_side(images, small * 2 ** len(widths))
+    common.check_side(images)
     for name in args.loss:
         method = METHODS[name]
         if images.y is None and method.labels is CGAN.labels:
@@ -717,9 +714,9 @@ def main(argv=None):
             samples = generate(G, with_labels(z_fixed, one_hot))
             common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
             common.save(G.state_dict(), args.out / f"weights_{name}.pt")
-            run.done[name] = {"log": run.rows, "pictures": common.to_uint8(samples[:60]).cpu(),
+            run.done[name] = {"pictures": common.to_uint8(samples[:60]).cpu(),
                               **report(samples[:N_NEAREST], y[:N_NEAREST], images, method)}
-        figures(args, images, run.done)
+        figures(args, images, run.done, run.rows)
         columns = ["classes", "kl", "distance", "obeyed"]
         common.print_table([f"{images.name}: loss", *columns], [
             [name, *(f"{numbers.get(column, math.nan):.3g}" for column in columns)]

@@ -131,7 +131,7 @@ def encoder(d_z, c, side):
 # --- train -------------------------------------------------------------------------------------
 
 def train_generator(run, args, G, D, images):
-    """Trains G against D; returns the log and G's weights."""
+    """Trains G against D; returns G's weights."""
     lr = LR * min(1.0, (28 / images.x.shape[2]) ** 2)  # deeper nets diverge at a rate of 4e-3
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
                     for net in (G, D))
@@ -160,11 +160,11 @@ def train_generator(run, args, G, D, images):
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
 
-    return {"log": run.rows, "weights": G.state_dict()}
+    return G.state_dict()
 
 
 def train_encoder(run, args, G, E, images):
-    """Trains E for the finished G, which stays as it is; returns the log and E's weights."""
+    """Trains E for the finished G, which stays as it is; returns E's weights."""
     G.eval().requires_grad_(False)
     opt_e = torch.optim.Adam(E.parameters(), lr=LR, fused=True)
     rate_e = torch.optim.lr_scheduler.CosineAnnealingLR(opt_e, args.encoder_steps)
@@ -181,11 +181,11 @@ def train_encoder(run, args, G, E, images):
         rate_e.step()
         run.log(loss_e=loss_e)
 
-    return {"log": run.rows, "weights": E.state_dict()}
+    return E.state_dict()
 
 
 def trained(run, args, images):
-    """G, E and the log of their training: trained now, unless generator.pt has kept them."""
+    """G and E: trained now, unless generator.pt has kept them."""
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     G, D, E = (net.to(run.device) for net in (
@@ -195,21 +195,19 @@ def trained(run, args, images):
         name: str(getattr(args, name)) for name in flags}  # what the weights depend on
     path = common.kept_path(args, "generator")
     if path.exists():
-        kept = common.load_kept(path, ("G", "E", "log"), decided)
+        kept = common.load_kept(path, ("G", "E"), decided)
     else:
         for name in run.each(["generator"]):
             run.done[name] = train_generator(run, args, G, D, images)
-        G.load_state_dict(run.done["generator"]["weights"])  # it may be from before --resume
+        G.load_state_dict(run.done["generator"])  # it may be from before --resume
         for name in run.each(["encoder"]):
             run.done[name] = train_encoder(run, args, G, E, images)
-        first, second = run.done["generator"], run.done["encoder"]
-        kept = {"settings": decided, "G": first["weights"], "E": second["weights"],
-                "log": first["log"] + second["log"]}
+        kept = {"settings": decided, "G": run.done["generator"], "E": run.done["encoder"]}
         common.save(kept, path)
     for net, name in ((G, "G"), (E, "E")):
         net.load_state_dict(kept[name])
         net.eval().requires_grad_(False)
-    return G, E, kept["log"]
+    return G, E
 
 
 # --- measures ----------------------------------------------------------------------------------
@@ -364,8 +362,7 @@ def parse_args(argv=None):
 
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
-    widths, small = channels(images.x.shape[2])
-    common.check_side(images, small * 2 ** len(widths))
+    common.check_side(images)
     least = 2 * common.processes()
     if min(args.batch, len(images.x)) < least:
         common.fail(f"batch norm needs more than one picture: use --batch {least} or more")
@@ -390,7 +387,7 @@ def main(argv=None):
         images = common.load_images(args, run.device)
         test = common.load_images(args, run.device, train=False)
         check(args, images)
-        G, E, log = trained(run, args, images)
+        G, E = trained(run, args, images)
 
         torch.manual_seed(args.seed)
         z = torch.randn(args.n_samples, args.z_dim).to(run.device)
@@ -402,7 +399,6 @@ def main(argv=None):
                                            "generated"),
                    "test": invert_all(args, G, E, x["test"], None, y, "test")}
         figures(args, images.name, G, x, y, results, samples)
-        common.write_log(args.out / "log.csv", log)
         print_tables(images.name, results)
 
 

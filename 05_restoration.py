@@ -169,7 +169,7 @@ def discriminator(c, side):
 # --- train -------------------------------------------------------------------------------------
 
 def train_generator(run, args, G, D, images):
-    """Trains G against D; returns the log and G's weights."""
+    """Trains G against D; returns G's weights."""
     lr = LR * min(1.0, (28 / images.x.shape[2]) ** 2)  # deeper nets diverge at a rate of 4e-3
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
                     for net in (G, D))
@@ -198,11 +198,11 @@ def train_generator(run, args, G, D, images):
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
 
-    return {"log": run.rows, "weights": G.state_dict()}
+    return G.state_dict()
 
 
 def trained(run, args, images):
-    """G and the log of its training: trained now, unless --generator or generator.pt has them."""
+    """G: trained now, unless --generator or generator.pt has it."""
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     G, D = (net.to(run.device) for net in (
@@ -212,17 +212,16 @@ def trained(run, args, images):
         name: str(getattr(args, name)) for name in ("seed", "steps", "batch")}
     path = common.kept_path(args, "generator")
     if args.generator:  # it may have been trained in any way, and on any data
-        kept = common.load_kept(args.generator, ("G", "log"), fits)
+        kept = common.load_kept(args.generator, ("G",), fits)
     elif path.exists():
-        kept = common.load_kept(path, ("G", "log"), decided)
+        kept = common.load_kept(path, ("G",), decided)
     else:
         for name in run.each(["generator"]):
             run.done[name] = train_generator(run, args, G, D, images)
-        done = run.done["generator"]
-        kept = {"settings": decided, "G": done["weights"], "log": done["log"]}
+        kept = {"settings": decided, "G": run.done["generator"]}
         common.save(kept, path)
     G.load_state_dict(kept["G"])
-    return G.eval().requires_grad_(False), kept["log"]
+    return G.eval().requires_grad_(False)
 
 
 # --- measures ----------------------------------------------------------------------------------
@@ -433,8 +432,7 @@ def parse_args(argv=None):
 
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
-    widths, small = channels(images.x.shape[2])
-    common.check_side(images, small * 2 ** len(widths))
+    common.check_side(images)
     if args.starts > args.n_pool:
         common.fail(f"--starts {args.starts}: there are {args.n_pool} to choose from")
 
@@ -481,13 +479,12 @@ def main(argv=None):
         c, side = images.x.shape[1:3]
         masks = masks_to_study(args, side)  # read now: a wrong file is refused before the training
         own = own_picture(args, c, side) if args.image else ()
-        G, log = trained(run, args, images)
+        G = trained(run, args, images)
 
         torch.manual_seed(args.seed)
         z = torch.randn(args.n_samples, args.z_dim).to(run.device)
         samples = torch.cat([G(part) for part in z.split(1000)])
         common.save(common.to_uint8(samples).cpu(), args.out / "samples.pt")
-        common.write_log(args.out / "log.csv", log)
         pool = z[:args.n_pool], samples[:args.n_pool]
         if args.image:
             own_figure(args, G, pool, *(a.to(run.device) for a in own))

@@ -276,8 +276,8 @@ def pictures(net, x, z, samples, fitted):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def figures(args, images, done):
-    """pictures.png, cdf.png, curves.png, limits.png and log.csv."""
+def figures(args, images, done, log):
+    """pictures.png, cdf.png, curves.png and limits.png."""
     title = f"Autoencoders on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     titles = ["test pictures, each left\nof its reconstruction", "samples: decoded\nz ~ N(0, I)",
               "samples: z with mean and\nvariance of the codes",
@@ -298,8 +298,8 @@ def figures(args, images, done):
 
     fig, axes = common.figure(1, len(done), 1.5 + 3 * len(done), 2.9,
                               f"Losses on {images.name}, seed {args.seed}")
-    for ax, (name, result) in zip(axes[0], done.items()):
-        draw_losses(ax, result["log"])
+    for ax, name in zip(axes[0], done):
+        draw_losses(ax, [row for row in log if row["model"] == name])
         ax.set_title(name)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     common.save_figure(fig, args.out / "curves.png")
@@ -312,7 +312,6 @@ def figures(args, images, done):
         draw_dependence(ax, result["codes"][:args.n_codes])
         ax.set_title(f"two dependent coordinates\nof the codes of {name}")
     common.save_figure(fig, args.out / "limits.png")
-    common.write_log(args.out / "log.csv", [row for run in done.values() for row in run["log"]])
 
 
 def draw_cdf(ax, z):
@@ -364,8 +363,7 @@ def parse_args(argv=None):
 
 def check(args, images, test):
     """Ends the run if the flags do not fit the data."""
-    widths, small = channels(images.x.shape[2])
-    common.check_side(images, small * 2 ** len(widths))
+    common.check_side(images)
     least = 2 * common.processes()
     if min(args.batch, len(images.x)) < least:
         common.fail(f"a single code has no moments: use --batch {least} or more")
@@ -382,9 +380,8 @@ def main(argv=None):
         check(args, images, test)
         for name in run.each(args.models):
             net, u = train(run, args, name, images, test)
-            run.done[name] = {"log": run.rows, "shots": run.kept,
-                              **results(args, name, net, u, images, test)}
-        figures(args, images, run.done)
+            run.done[name] = {"shots": run.kept, **results(args, name, net, u, images, test)}
+        figures(args, images, run.done, run.rows)
         report = limits(args, run.done)
         columns = list(report["N(0, I)"])
         common.print_table(["law", *columns], [

@@ -373,6 +373,7 @@ def train_classifier(run, args, name, images, test):
                 rate.step()
                 run.log(loss=loss)
             common.save({"settings": expected, "net": net.state_dict()}, path)
+        run.rows.clear()  # the losses of the classifier are of no use beside those of the GANs
         run.done[training] = net.state_dict()
 
     net.load_state_dict(run.done["classifier"])
@@ -540,9 +541,9 @@ def draw_samples(path, images, measured, title):
                        title)
 
 
-def draw_scores(args, images, done, ruler):
+def draw_scores(args, images, labels, log, ruler):
     """scores.png: scores and D's slope while training, five models in a row of panels."""
-    labels, columns = list(done), ["FID", "IS", "slope"] if ruler.own else ["slope"]
+    columns = ["FID", "IS", "slope"] if ruler.own else ["slope"]
     groups = [labels[i:i + 5] for i in range(0, len(labels), 5)]
     fig, axes = common.figure(len(groups), len(columns), 3.3 * len(columns) + 1.2,
                               2.9 * len(groups) + 0.4, f"{images.name}, seed {args.seed}: "
@@ -550,7 +551,7 @@ def draw_scores(args, images, done, ruler):
     for line, group in zip(axes, groups):
         for ax, column in zip(line, columns):
             for label in group:
-                rows = [row for row in done[label]["log"] if column in row]
+                rows = [row for row in log if row["model"] == label and column in row]
                 steps, values = [row["step"] for row in rows], [row[column] for row in rows]
                 thick, = ax.plot(steps, trend(values), label=label)
                 ax.plot(steps, values, color=thick.get_color(), linewidth=0.6, alpha=0.5)
@@ -613,14 +614,13 @@ def train_models(run, args, images, ruler):
         G, samples = train(run, args, *known[label], images, ruler)
         common.save(samples.cpu(), args.out / f"samples_{label}.pt")
         common.save(G.state_dict(), args.out / f"weights_{label}.pt")
-        run.done[label] = {"log": run.rows, "slope": run.rows[-1]["slope"], "G": G.state_dict(),
+        run.done[label] = {"slope": run.rows[-1]["slope"], "G": G.state_dict(),
                            **measure(ruler, samples, images)}
 
     done = {label: numbers for label, numbers in run.done.items() if label != "classifier"}
     draw_samples(args.out / "samples.png", images, done, f"{images.name}, seed {args.seed}, "
                  f"{args.steps:,} steps of D and G together, same z for all")
-    draw_scores(args, images, done, ruler)
-    common.write_log(args.out / "log.csv", [row for one in done.values() for row in one["log"]])
+    draw_scores(args, images, list(done), run.rows, ruler)
     print_measures(images.name, ruler, done | ruler.calibration(images, args.seed),
                    ["FID", "IS", "KL", "distance", "slope"])
     if ruler.own:
@@ -633,8 +633,7 @@ def main(argv=None):
     with common.Run(args) as run:
         images = common.load_images(args, run.device)
         test = common.load_images(args, run.device, train=False)
-        widths, small = channels(images.x.shape[2])
-        common.check_side(images, small * 2 ** len(widths))
+        common.check_side(images)
         ruler = make_ruler(run, args, images, test)
         if args.score:
             score_files(args, images, ruler)

@@ -1494,7 +1494,7 @@ topic("samples and scores", """
 
 
 def mmd_imq(x, weights_x, y, weights_y):
-    """MMD² of two weighted point sets on the line, kernel 1 / (1 + (a - b)²); 0 if they are equal."""
+    """MMD² of two weighted point sets on the line, kernel 1 / (1 + (a - b)²); 0 if equal."""
     def mean(a, weights_a, b, weights_b):
         return weights_a @ (1 / (1 + (a[:, None] - b) ** 2)) @ weights_b
 

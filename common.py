@@ -129,7 +129,7 @@ class Run:
 
     `steps` writes the checkpoint between two steps: ten times in a training, and on Ctrl-C. After
     --resume the same loops go on where they were. Attributes: device; step, of total; done, the
-    results by name; rows, the log of this training; kept, a dict for what a training collects.
+    results by name; rows, the log of all trainings; kept, a dict for what a training collects.
 
     Under torchrun every process runs the same lines on its part of each batch. Gradients are
     averaged over the processes, all else is the affair of each: its noise, and the statistics of
@@ -168,7 +168,8 @@ class Run:
         """The names of the trainings that are not over yet, one after the other."""
         if not self.looked:  # not earlier: load_images says what args.data is
             self.saved, self.looked = load_checkpoint(self.args), True
-            self.done = self.saved["done"] if self.saved else {}
+            if self.saved:
+                self.done, self.rows = self.saved["done"], self.saved["rows"]
         for self.name in names:
             if self.name not in self.done:
                 yield self.name
@@ -178,15 +179,15 @@ class Run:
 
         parts: by name, what a step changes and has a state_dict(): networks, optimisers, rates.
         """
-        self.total, self.step, self.rows, self.kept = total, 0, [], {}
+        self.total, self.step, self.kept = total, 0, {}
         self.drawn = self.pictures = 0  # batches since step 0, pictures since the start
         join_processes(parts, self.args.seed, self.device)
         if self.saved and self.saved["name"] not in self.done:
             if self.saved["name"] != self.name:
                 fail(f"{relative(self.args.out / 'checkpoint.pt')} is in the midst of "
                      f"{self.saved['name']}: name it too, before {self.name}")
-            self.step, self.rows, self.kept, self.drawn = (
-                self.saved[key] for key in ("step", "rows", "kept", "drawn"))
+            self.step, self.kept, self.drawn = (
+                self.saved[key] for key in ("step", "kept", "drawn"))
             restore(self.saved, parts)
         self.saved = None
         self.show = progress(self.name, total, self.step)
@@ -195,6 +196,7 @@ class Run:
             yield self.step
             stop = any(of_all_processes(self.pressed))
             if self.due(10) or stop:
+                write_log(self.args.out / "log.csv", self.rows)
                 save_checkpoint(self.args, parts, name=self.name, step=self.step, rows=self.rows,
                                 kept=self.kept, drawn=self.drawn, done=self.done)
             if stop:
@@ -244,8 +246,9 @@ class Run:
 
     def note(self, **more):
         """Keeps the numbers of this step, and more, as a row for log.csv."""
-        if not self.rows or self.rows[-1]["step"] != self.step:
-            self.rows.append({"model": self.name, "step": self.step, **self.numbers})
+        here = {"model": self.name, "step": self.step}
+        if not self.rows or not here.items() <= self.rows[-1].items():
+            self.rows.append(here | self.numbers)
         self.rows[-1] |= more
 
 
@@ -472,9 +475,11 @@ def read_picture(path, size):
     return TF.pil_to_tensor(TF.resize(TF.center_crop(picture, side), [size, size]))
 
 
-def check_side(images, drawn):
-    """Ends the run if the networks draw pictures of another side than those of the data."""
-    side, fits = images.x.shape[2], max(4, drawn)
+def check_side(images):
+    """Ends the run if halving the side as often as the networks do, to 4 to 7, leaves a rest."""
+    side = images.x.shape[2]
+    times = 2 ** max(1, int(math.log2(side / 4)))
+    fits = max(4, side // times * times)
     if side != fits:
         fail(f"the pictures are {side}x{side}, the networks draw {fits}x{fits}: use --size {fits}")
 

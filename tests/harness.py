@@ -29,7 +29,7 @@ def killed_after(saves):
 def results(out):
     """All samples and the log that a run left in its folder."""
     return {file.name: torch.load(file) if file.suffix == ".pt" else file.read_text()
-            for file in [*out.glob("samples*.pt"), out / "log.csv"]}
+            for file in [*out.glob("samples*.pt"), *out.glob("log.csv")]}
 
 
 def same(a, b):

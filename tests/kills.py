@@ -61,7 +61,8 @@ def kill(script, out, data, after, sign):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("scripts", nargs="*", default=SCRIPTS, metavar="SCRIPT")
-    p.add_argument("--kills", type=common.number(int, 1), default=4, help="of each script, at least")
+    p.add_argument("--kills", type=common.number(int, 1), default=4,
+                   help="of each script, at least")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     rng, rows, lost = random.Random(args.seed), [], 0
