@@ -1,22 +1,23 @@
-r"""01 - VAE: a bound of log p(x) that a pair of networks can climb.
+r"""01 - VAE: a bound on log p(x) that a pair of networks can climb.
 
 Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015,
-         arXiv:1509.00519. "The course" is where the second loss comes from.
-Idea     An encoder gives each picture x a normal law of codes z, with mean mu
-         and variance σ²; a decoder draws pictures from codes.
-         z = mu + σ u, u ~ N(0, I): gradients reach mu and σ -> reparameterise()
-         KL = ½ Σ (σ² + mu² - 1 - log σ²) to N(0, I)     -> kl_standard_normal()
-         log p(x) >= E log p(x|z) - KL; descend the negative  -> negative_elbo()
+         arXiv:1509.00519; the second loss is that of a university course.
+Idea     An encoder turns a picture x into a normal distribution q(z|x) over
+         codes z, with mean mu and variance exp(logvar); a decoder turns codes
+         into pictures. z = mu + exp(logvar / 2) u, u ~ N(0, I), is a draw that
+         lets gradients through to both                      -> reparameterise()
+         KL(q ‖ N(0, I)) = ½ Σ exp(logvar) + mu² - 1 - logvar
+                                                         -> kl_standard_normal()
+         log p(x) >= ELBO = E_q log p(x|z) - KL: descend -ELBO
+                                                              -> negative_elbo()
          The course's loss is twice that, up to a constant         -> vae_loss()
          With k draws of z the bound comes nearer to log p(x)    -> iwae_bound()
-See      pictures.png: reconstructions, one picture encoded five times, samples,
-         the way from one code to another. study.png: what σ² and the KL do.
-         Printed: -log p(x) of test pictures (NLL), 87.8 nats on MNIST.
-Differs  Convolutions with batch norm where the papers have perceptrons. Pixels
-         are drawn to 0 or 1 anew in each batch, as Burda et al. do (86.8 nats).
-Try      With --z-dim 2, what suffers more, reconstructions or samples? Predict,
-         then run.
-Run      python 01_vae.py
+See      pictures.png, and study.png for what --x-sigma2 and the KL term do.
+         Printed: nll, an upper bound on -log p(x) of test pictures, in nats
+         (units of the natural log): 87.8 on MNIST (Burda et al.: 86.8).
+Differs  Convolutions with batch norm where the papers have perceptrons.
+Try      With --z-dim 2, what suffers more, reconstructions or samples?
+Run      python 01_vae.py    (the VAE, and four short trainings for the study)
          python 01_vae.py --models vae -k 5 --steps 6400
 """
 
@@ -29,9 +30,9 @@ from torch.nn import functional as F
 
 import common
 
-HIDDEN = 512                     # width of the layer beside the code, both sides
+HIDDEN = 512                     # width of the layers before and after the code
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
-STUDY = 0.05                     # the last four take this share of the vae's steps and tests
+STUDY = 0.05                     # the last four have this share of the vae's steps, test pictures
 N_TEST = 1000                    # test pictures in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
 
@@ -54,38 +55,39 @@ def kl_standard_normal(mu, logvar):
     return 0.5 * (logvar.exp() + mu ** 2 - 1 - logvar).sum(dim=-1)
 
 
-def negative_elbo(log_px, mu, logvar):
+def negative_elbo(log_px_z, mu, logvar):
     """KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z) of each example, nats [B]; to be minimised.
 
-    log_px = log p(x|z): [k, B], for k draws z of q = N(mu, exp(logvar)), both [B, d]. An upper
-    bound of -log p(x) in the mean, exact where q is the posterior of the decoder.
+    log_px_z = log p(x|z): [k, B], for k draws z of q = N(mu, exp(logvar)); mu, logvar: [B, d]. On
+    average over z an upper bound on -log p(x), and equal to it where q(z|x) = p(z|x).
     """
-    return kl_standard_normal(mu, logvar) - log_px.mean(dim=0)
+    return kl_standard_normal(mu, logvar) - log_px_z.mean(dim=0)
 
 
 def vae_loss(x, x_rec, mu, logvar, x_sigma2):
     """(loss, data_term, kl_term) of the course, means over the batch; loss = data_term + kl_term.
 
-    data_term = ‖x - x_rec‖² / (σ² d_x),  kl_term = tr Σ + ‖mu‖² - d_z - log det Σ = 2 KL.
-    x, x_rec: [B, ...] of d_x numbers each; x_sigma2 = σ² > 0. To be minimised.
-    It is -2 ELBO up to a constant, for pixels of variance s² = σ² d_x:
+    data_term = mean of (x - x_rec)² over the pixels / x_sigma2,  kl_term = 2 KL.
+    x, x_rec: [B, ...] of d_x numbers each; x_sigma2 > 0. To be minimised. It is -2 ELBO up to a
+    constant, for Gaussian pixels of variance s² = x_sigma2 d_x (for MNIST 0.001 means 0.784):
     -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 <= 0 or the
     shapes differ.
     """
     if x_sigma2 <= 0 or x.shape != x_rec.shape:
         raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal: "
                          f"{tuple(x.shape)}, {tuple(x_rec.shape)}")
-    data_term = ((x - x_rec) ** 2).flatten(1).mean(dim=1).mean() / x_sigma2
+    data_term = ((x - x_rec) ** 2).mean() / x_sigma2
     kl_term = 2 * kl_standard_normal(mu, logvar).mean()
     return data_term + kl_term, data_term, kl_term
 
 
 def log_bernoulli(x, logits):
-    """log p(x|z) = Σ x log σ(a) + (1 - x) log(1 - σ(a)) over the last three dimensions, nats.
+    """log p(x|z) = Σ x log p + (1 - x) log(1 - p) over the last three dimensions, nats.
 
-    x: pixels [..., C, H, W], 0 or 1; logits a: broadcastable with x. A grey x gives a number, but
-    no log-probability: only 0 and 1 are values of a Bernoulli variable.
+    x: pixels [..., C, H, W], 0 or 1; p = sigmoid(logits), logits broadcastable with x. A grey x
+    gives a number, but no log-probability: only 0 and 1 are values of a Bernoulli variable.
     """
+    # log sigmoid(a) = a - softplus(a) and log(1 - sigmoid(a)) = -softplus(a)
     return (x * logits - F.softplus(logits)).sum(dim=(-3, -2, -1))
 
 
@@ -95,27 +97,29 @@ def log_gaussian(x, mean, variance):
     return -0.5 * squares.sum(dim=(-3, -2, -1))
 
 
-def iwae_bound(log_px, z, mu, logvar):
-    """log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x) for each example, nats [B] (Burda et al. 2015).
+def iwae_bound(log_px_z, z, mu, logvar):
+    """log (1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x)) for each example, nats [B] (Burda et al. 2015).
 
-    log_px = log p(x|z_i): [k, B]; z: [k, B, d], drawn from q = N(mu, exp(logvar)), both [B, d].
-    A lower bound of log p(x) in the mean; k = 1 is the ELBO; it rises with k and tends to log p(x).
+    log_px_z = log p(x|z_i): [k, B]; z: [k, B, d], drawn from q = N(mu, exp(logvar)); mu, logvar:
+    [B, d]. On average over z a lower bound on log p(x). For k = 1 that average is the ELBO; it
+    rises with k and tends to log p(x).
     """
     log_pz = -0.5 * (z ** 2).sum(dim=-1)
     log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)  # both without d/2 log 2π
-    return torch.logsumexp(log_px + log_pz - log_q, dim=0) - math.log(len(z))
+    return torch.logsumexp(log_px_z + log_pz - log_q, dim=0) - math.log(len(z))
 
 
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
+    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
     halvings = max(1, int(math.log2(side / 4)))
     return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
 class VAE(nn.Module):
-    """encode: x [B, C, side, side] in [0, 1] -> mu, logvar [B, d_z]; decode: z -> logits like x."""
+    """encode: x [B, C, side, side] in [0, 1] -> mu, logvar [B, d_z]; decode: z -> logits
+    like x, whose sigmoid is the mean of p(x|z)."""
 
     def __init__(self, c, side, d_z):
         super().__init__()
@@ -140,65 +144,71 @@ class VAE(nn.Module):
         return self.mu(h), self.logvar(h)
 
     def decode(self, z):
-        """z [..., d_z] -> logits [..., C, side, side]."""
+        """z [..., d_z] -> logits [..., C, side, side]. The layers take one batch dimension."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
 
-class Model(NamedTuple):
-    """What one training descends."""
+class Objective(NamedTuple):
+    """Which loss a VAE is trained on."""
     likelihood: str              # of a pixel: "bernoulli" or "gaussian"
-    x_sigma2: float              # σ² of the course's loss, which has a gaussian likelihood
-    k: int = 1                   # samples of z in the bound
+    x_sigma2: float              # of the course's loss, which has a gaussian likelihood
+    k: int = 1                   # draws of z in the bound
     kl_weight: float = 1.0       # in the course's loss
-    share: float = 1.0           # of --steps
+    share: float = 1.0           # of --steps and of the test pictures
 
 
-def model_called(name, args, c):
-    """The VAE of the chapter, or one of the study of σ² and the KL term, for c colours."""
+def objective_of(name, args, c):
+    """The objective of the VAE of the chapter or of one of the study, for c channels."""
     if name == "vae":
         likelihood = args.likelihood or ("bernoulli" if c == 1 else "gaussian")
-        return Model(likelihood, args.x_sigma2, args.k)
-    x_sigma2 = {"low-sigma2": args.x_sigma2 / 10, "high-sigma2": args.x_sigma2 * 10}
-    return Model("gaussian", x_sigma2.get(name, args.x_sigma2),
-                 kl_weight=0.0 if name == "no-kl" else 1.0, share=STUDY)
+        return Objective(likelihood, args.x_sigma2, args.k)
+    x_sigma2 = args.x_sigma2 * {"low-sigma2": 0.1, "high-sigma2": 10}.get(name, 1)
+    return Objective("gaussian", x_sigma2, kl_weight=0.0 if name == "no-kl" else 1.0, share=STUDY)
 
 
-def log_likelihood(model, x, logits):
-    """log p(x|z), nats, by the model's likelihood; Gaussian: variance σ² d_x, see vae_loss."""
-    if model.likelihood == "bernoulli":
+def log_likelihood(objective, x, logits):
+    """log p(x|z), nats; a Gaussian pixel has the variance x_sigma2 d_x, see vae_loss."""
+    if objective.likelihood == "bernoulli":
         return log_bernoulli(x, logits)
-    return log_gaussian(x, logits.sigmoid(), model.x_sigma2 * x[0].numel())
+    return log_gaussian(x, logits.sigmoid(), objective.x_sigma2 * x[0].numel())
 
 
-def loss_of(model, x, logits, z, mu, logvar):
-    """The model's loss, mean over the batch: minus the bound with k samples, or the course's."""
-    if model.k > 1:
-        return -iwae_bound(log_likelihood(model, x, logits), z, mu, logvar).mean()
-    if model.likelihood == "bernoulli":
+def loss_of(objective, x, logits, z, mu, logvar):
+    """The loss, mean over the batch: minus the bound with k draws of z, or the course's loss.
+
+    With one draw the KL is taken in its closed form, and the likelihood alone depends on the draw.
+    """
+    if objective.k > 1:
+        return -iwae_bound(log_likelihood(objective, x, logits), z, mu, logvar).mean()
+    if objective.likelihood == "bernoulli":
         return negative_elbo(log_bernoulli(x, logits), mu, logvar).mean()
-    _, data_term, kl_term = vae_loss(x, logits[0].sigmoid(), mu, logvar, model.x_sigma2)
-    return data_term + model.kl_weight * kl_term
+    x_rec = logits[0].sigmoid()  # of the only draw
+    _, data_term, kl_term = vae_loss(x, x_rec, mu, logvar, objective.x_sigma2)
+    return data_term + objective.kl_weight * kl_term
 
 
 def mirrored(x):
-    """Every second picture in colour, by chance, from left to right: a face may be, a digit not."""
+    """Mirrors each colour picture with probability 1/2. Grey ones are not: a digit has a side."""
     if x.shape[1] == 1:
         return x
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
-def seen(model, x):
-    """The batch x in [0, 1] as the model sees it: for Bernoulli drawn anew to 0 or 1."""
-    return torch.bernoulli(x) if model.likelihood == "bernoulli" else x
+def observed(objective, x):
+    """What the decoder has to explain of x in [0, 1]: for Bernoulli pixels a draw of 0s and 1s."""
+    return torch.bernoulli(x) if objective.likelihood == "bernoulli" else x
 
 
 # --- train -------------------------------------------------------------------------------------
 
-def train(run, args, model, images):
-    """Trains one model; returns its networks and the codes [n_samples, d_z] of its samples."""
+# `run` does what is no mathematics: run.batches shuffles the data, run.steps counts 1, 2, ... and
+# saves what it is given, so that --resume can go on, and run.log shows and keeps the numbers.
+
+def train(run, args, objective, images):
+    """Trains one VAE; returns it, and the codes [n_samples, d_z] of its samples."""
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
-    steps = max(1, round(args.steps * model.share))
+    steps = max(1, round(args.steps * objective.share))
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
     net = VAE(c, side, args.z_dim).to(run.device)
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
@@ -206,58 +216,60 @@ def train(run, args, model, images):
     batches = run.batches(images, args.batch)
 
     for _ in run.steps(steps, net=net, opt=opt, rate=rate):
-        # x -> q(z|x) -> z -> p(x|z): descend -ELBO, or what the model has in its place
-        grey = (mirrored(next(batches)[0]) + 1) / 2
-        x = seen(model, grey)
+        # x -> q(z|x) -> z -> p(x|z): descend -ELBO, or what the objective has in its place
+        x01 = (mirrored(next(batches)[0]) + 1) / 2  # pictures come in [-1, 1]
+        x = observed(objective, x01)
         mu, logvar = net.encode(x)
-        z = reparameterise(mu, logvar, torch.randn(model.k, *mu.shape, device=run.device))
-        logits = net.decode(z)
-        loss = loss_of(model, x, logits, z, mu, logvar)
+        z = reparameterise(mu, logvar, torch.randn(objective.k, *mu.shape, device=run.device))
+        logits = net.decode(z)                                      # [k, B, C, side, side]
+        loss = loss_of(objective, x, logits, z, mu, logvar)
         opt.zero_grad()
         loss.backward()
         opt.step()
         rate.step()
         run.log(loss=loss, kl=kl_standard_normal(mu, logvar).mean(),
-                mse=F.mse_loss(logits[0].sigmoid(), grey))
+                mse=F.mse_loss(logits[0].sigmoid(), x01))
 
     return net.eval(), z_fixed
 
 
 # --- measures ----------------------------------------------------------------------------------
 
-def results(args, name, model, net, z_fixed, images, test):
-    """Numbers and pictures of a trained model; writes its weights, and the samples of the vae."""
-    torch.manual_seed(args.seed)  # the same binarised test pictures for every model
-    grey = (common.to_float(test.x[:args.n_test]) + 1) / 2
-    x, n = seen(model, grey), max(1, round(args.n_test * model.share))
+def results(args, name, objective, net, z_fixed, images, test):
+    """Numbers and pictures of a trained VAE; writes its weights, and the samples of the vae."""
+    torch.manual_seed(args.seed)  # the same binarised test pictures in every run
+    x01 = (common.to_float(test.x[:args.n_test]) + 1) / 2
+    x = observed(objective, x01)
+    n = max(1, round(args.n_test * objective.share))
     samples = generate(net, z_fixed[:1000])
     common.save(net.state_dict(), args.out / f"weights_{name}.pt")
     if name == "vae":
         common.save(common.to_uint8(generate(net, z_fixed)).cpu(), args.out / "samples.pt")
-    x_train = seen(model, (common.to_float(images.x[:32]) + 1) / 2)
-    return {"likelihood": model.likelihood, "pictures": pictures(net, x, x_train, samples),
-            **measure(net, model, grey[:n], x[:n], args.k_test),
+    x_train = observed(objective, (common.to_float(images.x[:32]) + 1) / 2)
+    return {"likelihood": objective.likelihood, "pictures": pictures(net, x, x_train, samples),
+            **measure(net, objective, x01[:n], x[:n], args.k_test),
             "distance": nearest_distance(samples, images)}
 
 
 @torch.no_grad()
-def measure(net, model, grey, x, k):
-    """Numbers for test pictures [N, C, H, W] in [0, 1]: grey as they are, x as the model sees them.
+def measure(net, objective, x01, x, k):
+    """Numbers for test pictures [N, C, H, W] in [0, 1]: x01 as they are, x as they are observed.
 
-    nll: -iwae_bound with k samples, -elbo, kl: all in nats for each picture. mse: of the
-    reconstruction from mu to the grey picture. spread: standard deviation of the codes z of all
-    pictures, 1 if together they fill the prior.
+    nll: minus the bound with k draws of z, -elbo, kl: all in nats for each picture. Those of
+    Gaussian pixels are of densities, so they compare only at the same x_sigma2. mse: of the
+    reconstruction from mu to x01. spread: standard deviation of the codes z of all pictures, which
+    is 1 for the prior.
     """
     nll, elbo, kl, mse, codes = [], [], [], [], []
-    some = max(1, 1000 // k)  # times k decoded pictures at once
-    for few_grey, few in zip(grey.split(some), x.split(some)):
-        mu, logvar = net.encode(few)
+    chunk = max(1, 1000 // k)  # so that about 1,000 pictures are decoded at once
+    for x01_part, x_part in zip(x01.split(chunk), x.split(chunk)):
+        mu, logvar = net.encode(x_part)
         z = reparameterise(mu, logvar, torch.randn(k, *mu.shape, device=x.device))
-        log_px = log_likelihood(model, few, net.decode(z))
+        log_px_z = log_likelihood(objective, x_part, net.decode(z))
         kl.append(kl_standard_normal(mu, logvar))
-        nll.append(-iwae_bound(log_px, z, mu, logvar))
-        elbo.append(negative_elbo(log_px, mu, logvar))
-        mse.append(((net.decode(mu).sigmoid() - few_grey) ** 2).flatten(1).mean(dim=1))
+        nll.append(-iwae_bound(log_px_z, z, mu, logvar))
+        elbo.append(negative_elbo(log_px_z, mu, logvar))
+        mse.append(((net.decode(mu).sigmoid() - x01_part) ** 2).flatten(1).mean(dim=1))
         codes.append(z[0])
     numbers = {"nll": nll, "-elbo": elbo, "kl": kl, "mse": mse}
     spread = torch.cat(codes).var(dim=0, correction=0).mean().sqrt().item()
@@ -282,7 +294,7 @@ def generate(net, z):
 
 @torch.no_grad()
 def pictures(net, x, x_train, samples):
-    """What the figures show, uint8: pictures with their reconstructions, samples, and so on."""
+    """What the figures show, uint8, by name. x: test pictures, x_train: training ones, [0, 1]."""
     x, x_train = (a[torch.arange(32) % len(a)] for a in (x, x_train))  # a small folder has fewer
     mu, logvar = net.encode(x)
     several = reparameterise(mu[:6], logvar[:6], torch.randn(5, 6, mu.shape[1], device=x.device))
@@ -302,13 +314,13 @@ def pictures(net, x, x_train, samples):
 # --- figures -----------------------------------------------------------------------------------
 
 def figures(args, images, done, log):
-    """pictures.png: one model; study.png: all; curves.png and study_curves.png."""
+    """pictures.png: the first model; study.png: all; curves.png and study_curves.png."""
     title = f"VAE on {images.name}, seed {args.seed}, {args.z_dim} latent coordinates"
     name, numbers = next(iter(done.items()))
     cells = [(text, common.panel(numbers["pictures"][kind], columns)) for kind, columns, text in (
         ("pairs_train", 8, "training pictures, each left\nof its reconstruction"),
         ("pairs", 8, "test pictures, each left of\nits reconstruction"),
-        ("several", 6, "top row: pictures; below:\neach encoded five times"),
+        ("several", 6, "top row: pictures; below: each\ndecoded from five draws of z"),
         ("samples", 8, "samples: decoded\nz ~ N(0, I)"),
         ("between", 8, "from one code to another\nin equal steps"),
         ("manifold", 15, "the latent plane, by\nquantiles of the prior"))
@@ -338,9 +350,9 @@ def parse_args(argv=None):
                    help=f"{', '.join(MODELS)}: the VAE; the course's loss with sigma^2 a tenth, "
                    "once, ten times --x-sigma2; without its KL term")
     g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
-                   help="of the vae; if not given: bernoulli for grey pictures, else gaussian")
+                   help="of the vae; if not given: bernoulli for one channel, else gaussian")
     g.add_argument("--x-sigma2", type=common.number(float, above=0), default=0.001,
-                   help="sigma^2 of the course's loss, pixels in [0, 1] (gaussian)")
+                   help="divides the mean squared error in the course's loss (gaussian)")
     g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="latent coordinates; 2: "
                    "draws the latent plane")
     g = p.add_argument_group("training")
@@ -372,7 +384,7 @@ def main(argv=None):
         images = common.load_images(args, run.device)
         test = common.load_images(args, run.device, train=False)
         check(args, images)
-        known = {name: model_called(name, args, images.x.shape[1]) for name in args.models}
+        known = {name: objective_of(name, args, images.x.shape[1]) for name in args.models}
         for name in run.each(args.models):
             net, z_fixed = train(run, args, known[name], images)
             run.done[name] = results(args, name, known[name], net, z_fixed, images, test)

@@ -1,21 +1,22 @@
-r"""02 - GAN losses: eleven ways to pay D and G, one loop, and how to read a log.
+r"""02 - GAN losses: eleven losses for D and G, and one loop.
 
 Papers   Goodfellow et al. 2014, arXiv:1406.2661; each method names its own.
 Idea     A generator G draws pictures from noise z. A discriminator D gives each
-         picture a score (a logit), and D(x) = σ(score) says how real x looks.
-         D climbs E log D(x) + E log(1 - D(G(z)))                     -> bce_d()
-         G descends E log(1 - D(G(z))): no slope where D is sure  -> minimax_g()
-         G climbs E log D(G(z)) instead: full slope there   -> nonsaturating_g()
+         picture a score, the logit a; σ(a) says how real the picture looks.
+         D climbs E log σ(a(x)) + E log(1 - σ(a(G(z))))               -> bce_d()
+         G descends E log(1 - σ(a)); its slope in a is -σ(a), near 0 where D is
+         sure of a fake                                           -> minimax_g()
+         G climbs E log σ(a) instead: slope 1 - σ(a)        -> nonsaturating_g()
          The others put another question to D       -> lsgan_d(), wgan_d(), ...
-See      samples.png: what each G draws from the same z. saturation.png: three G
-         whose D is far ahead, of which the minimax one is frozen. curves.png.
-         Printed: which classes G draws, by the nearest training picture, and a
-         hint when a log stays where it is and the reason is known.
+See      samples.png: what each G draws from the same z. saturation.png: three
+         GANs whose D is far ahead; the G of minimax stands still. curves.png.
+         Printed: how many classes G draws, by the nearest training picture, and
+         a hint when both losses stand still and the reason is known.
 Differs  D has no batch norm, so that every score is of one picture alone. Adam
          for all, at rates that fall along a cosine. WGAN makes 3 steps of D to
          one of G and WGAN-GP 2 (in the papers 5). See the class of a method.
-Try      --real-label 0.9: where will loss_d stop falling? Predict, then run.
-Run      python 02_gan_losses.py
+Try      --loss minimax-ahead --real-label 0.9: where will loss_d stop falling?
+Run      python 02_gan_losses.py    (minimax, nonsaturating, lsgan, each twice)
          python 02_gan_losses.py --loss all
 """
 
@@ -30,17 +31,17 @@ from torch.optim import lr_scheduler
 import common
 
 ADAM_BETAS = (0.0, 0.999)
-LAMBDA = 10.0                    # weight of both gradient penalties: Gulrajani 2017, Kodali 2017
+LAMBDA = 10.0                    # weight of wgan-gp's and dragan's penalty: as in their papers
 CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
 MARGIN = 0.3                     # ebgan: for errors that are roots of mean squares
 GAMMA, LAMBDA_K = 0.9, 0.1       # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
-Z, LABEL = 64, 3.0               # length of z; of a one-hot label beside it
+Z, LABEL = 64, 3.0               # entries of z; what the 1 of a one-hot label is multiplied by
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
 
 
 # --- the idea ----------------------------------------------------------------------------------
-# D's and G's loss for each method, both to be minimised, means over the batch. real, fake [B]:
-# D's logits (or scores) of data and of G's pictures; for EBGAN and BEGAN: reconstruction errors.
+# The losses of D and G, both to be minimised, means over the batch. real, fake [B]: D's scores of
+# data and of G's pictures, which are logits, or for EBGAN and BEGAN reconstruction errors.
 
 def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
     """-E[y log σ(real) + (1 - y) log(1 - σ(real))] - E[the same of fake], labels y and y'.
@@ -79,7 +80,8 @@ def lsgan_g(fake):
 
 
 def wgan_d(real, fake):
-    """E fake - E real: minus the estimate of W1, times D's Lipschitz constant (Arjovsky 2017)."""
+    """E fake - E real (Arjovsky 2017). Minus this estimates K W1(data, fakes), where W1 is the
+    Wasserstein distance and K the largest slope of D."""
     return fake.mean() - real.mean()
 
 
@@ -91,7 +93,8 @@ def wgan_g(fake):
 def gradient_norms(critic, x):
     """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where the gradient is 0.
 
-    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm).
+    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm), so
+    that the gradient of their sum holds one gradient for each example.
     """
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -164,7 +167,7 @@ def began_convergence(real_error, fake_error, gamma):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
+    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
     halvings = max(1, int(math.log2(side / 4)))
     return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -202,7 +205,7 @@ def trunk(c, side):
 
 
 class Discriminator(nn.Module):
-    """x -> logits [B], guesses of the label [B, classes]."""
+    """x -> logits [B], and for cgan, acgan, infogan a score for each label [B, classes]."""
 
     def __init__(self, c, side, classes, dropout):
         super().__init__()
@@ -218,8 +221,8 @@ class Discriminator(nn.Module):
 class Autoencoder(nn.Module):
     """x -> errors ‖x - decoded(x)‖ / √(C side²) [B], codes [B, d].
 
-    The root, not the square: however bad a fake is, D gains at a bounded rate from making it worse.
-    No tanh at the end, whose slope would be 0 at black.
+    The root and not the square: its gradient is bounded, so that bad fakes do not dominate. No tanh
+    at the end, whose slope would be 0 at black.
     """
 
     def __init__(self, c, side, d):
@@ -227,7 +230,7 @@ class Autoencoder(nn.Module):
         convolutions, features = trunk(c, side)
         self.encode = nn.Sequential(convolutions, nn.Linear(features, d))
         self.decode = decoder(d, c, side, nn.Identity)
-        self.register_buffer("k", torch.zeros(()))  # of began
+        self.register_buffer("k", torch.zeros(()))  # began's: a buffer is saved with D
 
     def forward(self, x):
         codes = self.encode(x)
@@ -236,7 +239,7 @@ class Autoencoder(nn.Module):
 
 
 def with_labels(z, y):
-    """G's input: z [B, Z], followed by the one-hot labels y [B, classes or 0], of length LABEL."""
+    """G's input: z [B, Z], then LABEL times the one-hot labels y [B, classes, or 0 columns]."""
     return torch.cat([z, LABEL * y], dim=1)
 
 
@@ -257,10 +260,11 @@ def clip(net, limit):
 class Minimax:
     """minimax: the GAN of Goodfellow et al. 2014. Each class below says what it changes.
 
-    y: one-hot labels [B, classes] of the pictures, of width 0 where G does not see any.
+    y, where a method takes it: one-hot labels [B, classes], or [B, 0] where G does not see any.
     """
+    # staticmethod: called as d(real, fake), without self
     d, g = staticmethod(bce_d), staticmethod(minimax_g)  # losses, as functions of scores
-    read = staticmethod(torch.sigmoid)                   # what a score says: D(x), from 0 to 1
+    read = staticmethod(torch.sigmoid)                   # what a score says, from 0 to 1
     lr = 4e-3, 4e-3              # of D, of G
     d_steps = 1
     dropout = 0.3                # on D's features
@@ -270,7 +274,8 @@ class Minimax:
 
     def __init__(self, args, classes):
         self.args, self.classes = args, classes
-        self.sign = -1 if args.real_label == 0 else 1  # flipped labels: D says 0 to data
+        # flipped labels (D calls data 0): since σ(-a) = 1 - σ(a), the sign turns D's answer round
+        self.sign = -1 if args.real_label == 0 else 1
         if self.d is bce_d:
             self.d = functools.partial(bce_d, real_label=args.real_label,
                                        label_noise=args.label_noise)
@@ -280,7 +285,7 @@ class Minimax:
                 Discriminator(c, side, self.classes, self.dropout))
 
     def labels(self, x, y):
-        """The labels of the pictures that G is to draw beside the data x."""
+        """One-hot labels for the pictures of G; y: the labels [B] of the data x, or None."""
         return x.new_zeros(len(x), 0)
 
     def score(self, D, x, y):
@@ -288,7 +293,7 @@ class Minimax:
         return D(x)[0]
 
     def loss_d(self, D, x, x_fake, y):
-        """What D descends. Data and fakes go through D in one pass."""
+        """What D descends. Data and fakes, drawn for the same y, go through D in one pass."""
         real, fake = self.score(D, torch.cat([x, x_fake]), torch.cat([y, y])).split(len(x))
         return self.d(real, fake)
 
@@ -312,18 +317,18 @@ class LSGAN(Minimax):
 
 
 class WGAN(Minimax):
-    """wgan: D estimates a distance, with its slope held by clipped weights (Arjovsky 2017)."""
+    """wgan: D estimates a distance; clipping its weights bounds its slope (Arjovsky 2017)."""
     d, g, read = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
     lr = 1e-3, 2e-3
     d_steps = 3
-    dropout = 0.0                # such a D does better without
+    dropout = 0.0                # better so here
 
     def after_d(self, D):
         clip(D, CLIP)
 
 
 class WGANGP(WGAN):
-    """wgan-gp: the slope of D is held by a penalty instead (Gulrajani et al. 2017)."""
+    """wgan-gp: a penalty holds the slope of D near 1 instead (Gulrajani et al. 2017)."""
     lr = 2e-3, 2e-3
     d_steps = 2
     after_d = Minimax.after_d    # no clipping
@@ -334,7 +339,7 @@ class WGANGP(WGAN):
 
 
 class DRAGAN(Nonsaturating):
-    """dragan: the same penalty on logits, and near the data alone (Kodali et al. 2017)."""
+    """dragan: the same penalty on logits, and only near the data (Kodali et al. 2017)."""
 
     def loss_d(self, D, x, x_fake, y):
         penalty = dragan_penalty(lambda x: self.score(D, x, y), x)
@@ -344,7 +349,7 @@ class DRAGAN(Nonsaturating):
 class CGAN(Nonsaturating):
     """cgan: G and D are told the label (Mirza, Osindero 2014).
 
-    D adds its guess of that label to its score (Miyato, Koyama 2018).
+    D adds to its score the second one that it has for this label (Miyato, Koyama 2018).
     """
     sees_labels = True
 
@@ -362,7 +367,8 @@ class CGAN(Nonsaturating):
 
 
 class ACGAN(CGAN):
-    """acgan: D is not told the label but guesses it; both want it guessed (Odena et al. 2017)."""
+    """acgan: D is not told the label but guesses it, and both players gain if the guess is right
+    (Odena et al. 2017)."""
     score = Minimax.score
 
     def loss_d(self, D, x, x_fake, y):
@@ -375,12 +381,12 @@ class ACGAN(CGAN):
 
 
 class InfoGAN(ACGAN):
-    """infogan: the label is a code that is made up, and D guesses that of fakes (Chen 2016).
+    """infogan: labels are made up, and D guesses those of fakes (Chen et al. 2016).
 
-    Minus the cross-entropy is, up to a constant, a lower bound of the mutual information of code
-    and picture: G must draw each code in a way of its own.
+    Minus the cross-entropy is, up to a constant, a lower bound on the mutual information of label
+    and picture: G must draw each label in a way of its own.
     """
-    share = 1.25
+    share = 1.25                 # it takes longer
 
     def labels(self, x, y):
         code = torch.randint(self.classes, (len(x),), device=x.device)
@@ -392,14 +398,14 @@ class InfoGAN(ACGAN):
 
     @staticmethod
     def obeyed(y, found):
-        """Share of the pictures in which the most frequent label of their code was found."""
+        """Share of the pictures with the most frequent class of their made-up label."""
         return sum(found[y == code].bincount().max().item() for code in y.unique()) / len(y)
 
 
 class EBGAN(Minimax):
-    """ebgan: D is an autoencoder, and its score is its error (Zhao et al. 2017).
+    """ebgan: D is an autoencoder, and its score is its error, high for fakes (Zhao et al. 2017).
 
-    G's pictures are pushed apart, with weight 1 (there 0.1).
+    pull_away pushes G's pictures apart, with weight 1 (in the paper 0.1).
     """
     d, g = staticmethod(lambda real, fake: ebgan_d(real, fake, MARGIN)), staticmethod(torch.mean)
     read = nn.Identity()
@@ -415,13 +421,13 @@ class EBGAN(Minimax):
 
 
 class BEGAN(EBGAN):
-    """began: the errors of data and fakes are kept in balance by k (Berthelot et al. 2017).
+    """began: k keeps the errors of data and fakes in balance (Berthelot et al. 2017).
 
-    Here, not there, G's pictures are pushed apart: a 1 has half the error of other digits, and G
-    would draw little else. The push falls to 0, for digits that are pushed apart are torn.
+    Not in the paper: pull_away. The digit 1 is the easiest to redraw, and without a push G would
+    draw little else. Its weight falls to 0, because at the end it tears digits.
     """
     lr = 1e-3, 1e-3
-    code = 16                    # through a code of 64 D redraws rubbish too
+    code = 16                    # with 64 the autoencoder copies bad pictures too
     share = 2.0
 
     def loss_d(self, D, x, x_fake, y):
@@ -438,8 +444,8 @@ class BEGAN(EBGAN):
 class Ahead:
     """-ahead: D makes three steps to one of G.
 
-    Adam divides even a slope of 1e-6 up to a full step, and so hides that the minimax G has none.
-    With a larger eps a small slope is a small step.
+    Adam divides a gradient by its own size, so that even 1e-6 gives a full step, which hides that
+    the minimax G has no slope. With a larger eps a small gradient is a small step.
     """
     lr = 2e-3, 4e-3
     d_steps = 3
@@ -447,17 +453,28 @@ class Ahead:
     share = 0.2
 
 
+class MinimaxAhead(Ahead, Minimax):
+    """minimax-ahead: what Ahead says goes before what Minimax says."""
+
+
+class NonsaturatingAhead(Ahead, Nonsaturating):
+    """nonsaturating-ahead"""
+
+
+class LSGANAhead(Ahead, LSGAN):
+    """lsgan-ahead"""
+
+
 METHODS = {"minimax": Minimax, "nonsaturating": Nonsaturating, "lsgan": LSGAN, "wgan": WGAN,
            "wgan-gp": WGANGP, "dragan": DRAGAN, "cgan": CGAN, "infogan": InfoGAN, "acgan": ACGAN,
-           "ebgan": EBGAN, "began": BEGAN}
-for name in ("minimax", "nonsaturating", "lsgan"):
-    METHODS[f"{name}-ahead"] = type(f"{name}-ahead", (Ahead, METHODS[name]), {})
+           "ebgan": EBGAN, "began": BEGAN, "minimax-ahead": MinimaxAhead,
+           "nonsaturating-ahead": NonsaturatingAhead, "lsgan-ahead": LSGANAhead}
 
 
 # --- train -------------------------------------------------------------------------------------
 
 def schedule(name, opt, steps):
-    """A schedule of torch for a learning rate."""
+    """A torch schedule for a learning rate."""
     return {"constant": lambda: lr_scheduler.ConstantLR(opt, factor=1.0),
             "cosine": lambda: lr_scheduler.CosineAnnealingLR(opt, steps),
             "restarts": lambda: lr_scheduler.CosineAnnealingWarmRestarts(opt, max(1, steps // 4)),
@@ -467,7 +484,10 @@ def schedule(name, opt, steps):
 
 
 def train(run, args, method, images):
-    """Trains one method; returns G and the z of its samples."""
+    """Trains one method; returns G and the z of its samples.
+
+    run: see chapter 01. run.due(40) is true 40 times, and run.note adds to the row of that step.
+    """
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
@@ -497,7 +517,7 @@ def train(run, args, method, images):
             opt_d.step()
             method.after_d(D)
 
-        # G's half: descend its loss through D, D untouched
+        # G's half: descend its loss. The gradient flows through D, but is kept for G alone (inputs)
         for g_step in range(args.g_steps):
             if g_step:  # the first step takes the pictures that D has just seen
                 x_fake = G(with_labels(torch.randn(len(x), Z, device=run.device), y))
@@ -530,8 +550,8 @@ def generate(G, z):
 def readings(method, G, D, x, x_fake, y):
     """What the log keeps beside the losses, after a step of G; D without its dropout.
 
-    D(x), D(G(z)): means of what D says of data and fakes. slope: Σ |∂loss_G/∂score| over the
-    batch. gradient: the norm of what reached G's weights.
+    D(x), D(G(z)): means of what D says of data and fakes. slope: Σ |∂loss_G/∂score|, which is the
+    mean slope of a score, since the loss is a mean. gradient: the norm of what reached G's weights.
     """
     D.eval()
     with torch.no_grad():
@@ -549,17 +569,18 @@ def readings(method, G, D, x, x_fake, y):
 
 
 def fingerprint(loss_d, loss_g, real_label=1.0):
-    """The likely cause of losses that stay where they are, or None if they say nothing.
+    """The likely cause of two losses that stand still, or None if none is known.
 
     loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats;
     loss_g is compared without its sign, which is minimax_g's alone.
     """
     entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
                                                  + (1 - real_label) * math.log(1 - real_label))
-    half = math.log(2)
+    log_2 = math.log(2)
     known = [
-        (2 * half, half, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
-        (math.log(1 + math.exp(-1)) + half, half, "a sigmoid applied twice (softplus(-1) + ln 2 "
+        (2 * log_2, log_2, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
+        # what are taken for logits are probabilities: at best 1 for data and 0 for fakes
+        (math.log(1 + math.exp(-1)) + log_2, log_2, "a sigmoid applied twice (softplus(-1) + ln 2 "
          "and ln 2): D must return logits"),
         (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
         (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
@@ -571,14 +592,14 @@ def fingerprint(loss_d, loss_g, real_label=1.0):
 
 
 def new_fingerprint(log, real_label):
-    """The fingerprint that the last three rows of a log share, if the row before had not."""
+    """The cause that fits all of the last three rows, or None if it fitted before already."""
     causes = [fingerprint(row["loss_d"], row["loss_g"], real_label) for row in log[-4:]]
     new = len(causes) < 4 or causes[0] != causes[-1]
     return causes[-1] if new and len(causes) >= 3 and len(set(causes[-3:])) == 1 else None
 
 
 def tell_fingerprint(method, rows):
-    """Says what the losses of a log that stay where they are mean, where that is known."""
+    """Prints, once, why the losses stand still, where that is known."""
     cause = new_fingerprint(rows, method.args.real_label)
     if cause and method.read is torch.sigmoid:  # all that is known is of cross-entropies
         common.say(f"{rows[-1]['model']}: losses stay at {rows[-1]['loss_d']:.4f} and "
@@ -586,11 +607,11 @@ def tell_fingerprint(method, rows):
 
 
 def report(x, y, images, method):
-    """Numbers for samples x [N, C, H, W] that were asked for with labels y [N].
+    """Numbers for samples x [N, C, H, W] that were drawn for labels y [N].
 
     distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units;
-    classes: the labels of those that occur; kl: of their histogram to uniform, nats; obeyed: share
-    of samples with the label asked for (infogan: with the most frequent label of their code).
+    classes: how many labels these have; kl: of their histogram to uniform, nats; obeyed: share of
+    samples with the label asked for (infogan: with the most frequent class of their made-up label).
     """
     train = common.to_float(images.x[:10_000]).flatten(1)
     nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
@@ -633,7 +654,7 @@ def figures(args, images, done, log):
 def draw_slopes(ax, log):
     """|d loss_G / d score| against D(G(z)): by formula (lines), measured while training (dots).
 
-    σ(a) = D for minimax, 1 - D for nonsaturating, 2 (1 - D) for lsgan, whose score is D itself.
+    minimax: D, nonsaturating: 1 - D, lsgan, whose score is D itself: 2 (1 - D).
     """
     p = torch.linspace(0, 1, 2)
     for colour, (name, slope) in enumerate({"minimax": p, "nonsaturating": 1 - p,
@@ -664,14 +685,14 @@ def parse_args(argv=None):
                    help=f"{', '.join(METHODS)}, or all")
     g.add_argument("--steps", type=common.number(int, 1), default=800, help="steps of G")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
-    g = p.add_argument_group("what the two players get")
+    g = p.add_argument_group("rates and steps of the two players")
     g.add_argument("--lr-d", type=common.number(float, above=0), help="D's rate; else the method's")
     g.add_argument("--lr-g", type=common.number(float, above=0), help="G's rate; else the method's")
     g.add_argument("--d-steps", type=common.number(int, 1), help="D steps; else the method's")
     g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps after them")
     g.add_argument("--d-schedule", choices=["constant", "cosine", "restarts", "cyclic"],
                    default="cosine", help="how D's rate moves during the training")
-    g = p.add_argument_group("what keeps D modest")
+    g = p.add_argument_group("against a D that is too strong")
     g.add_argument("--real-label", type=common.number(float, 0, 1), default=1.0,
                    help="0.9: one-sided label smoothing, 0: flipped labels (cross-entropy only)")
     g.add_argument("--label-noise", type=common.number(float, 0, 1), default=0.0,
@@ -709,7 +730,7 @@ def main(argv=None):
         for name in run.each(args.loss):
             method = METHODS[name](args, classes)
             G, z_fixed = train(run, args, method, images)
-            y = torch.arange(args.n_samples, device=run.device) % classes  # a label for each column
+            y = torch.arange(args.n_samples, device=run.device) % classes  # 0, 1, ... in turn
             one_hot = F.one_hot(y, classes)[:, :classes * method.sees_labels]
             samples = generate(G, with_labels(z_fixed, one_hot))
             common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")

@@ -1,16 +1,17 @@
 r"""03 - Unrolled GAN: let G see how D will answer.
 
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
-Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))): D climbs f, and G
-         descends it                                                  -> value()
+Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))); D returns logits
+         and climbs f, G descends it                                  -> value()
 Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)   -> unroll()
          G descends f(θ_G, θ_D^k(θ_G)); then D takes one step from θ_D
                                                            -> unrolled_loss_g()
          k = 0 is the plain GAN. With a large k, G meets a D that has answered
-         already: to draw one mode of the data alone does not pay any more.
+         already, so drawing one mode of the data alone no longer pays.
 See      process.png: training from left to right, k = 0 above k = 5. Printed:
-         how many of the ring's 8 modes G reaches (0 and 8), and the share of
-         samples within 3 standard deviations of a mode (good: 0 and 93 %).
+         modes, how many of the ring's 8 spots G reaches, and good, the share of
+         samples within 3 standard deviations of a spot. k = 5 reaches 8, 93 %
+         good; k = 0 chases one spot after the other and stays on none.
 Differs  Plain gradient steps inside the unrolling, Adam outside, at rates that
          fall along a cosine. D has one hidden layer, of 512 units. On pictures
          G descends the non-saturating loss at the same θ_D^k.
@@ -28,13 +29,13 @@ from torch.nn import functional as F
 
 import common
 
-# What is used where a flag is not given: the same for every k.
-POINTS = dict(k=[0, 5], steps=5000, batch=128, z_dim=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5, eta=0.1,
+# The same for every k. k, steps, batch and eta have flags, which take their place.
+POINTS = dict(k=[0, 5], steps=5000, batch=128, eta=0.1, z_dim=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
               saturating=True)
-PICTURES = dict(k=[0, 2], steps=1200, batch=64, z_dim=50, lr_g=5e-4, lr_d=5e-4, beta1=0.0,
-                # a step of eta moves D(x) by about eta ‖x‖², and ‖x‖² is near 784: eta is small
-                eta=0.005, saturating=False)
-SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=8000), "pictures": PICTURES}
+# eta: a step moves the logit D(x) by about eta ‖x‖², and ‖x‖² of a digit is near 784
+PICTURES = dict(k=[0, 2], steps=1200, batch=64, eta=0.005, z_dim=50, lr_g=5e-4, lr_d=5e-4,
+                beta1=0.0, saturating=False)
+SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=8000)}
 D_HIDDEN = 512                   # width of the hidden layer of the D of points
 N_SAMPLES = 10_000               # for the numbers and samples_k{k}.pt
 SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the training after which a picture is kept
@@ -76,8 +77,7 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     """f(θ_G, θ_D^k(θ_G)), to be minimised by G. k = 0 is the plain GAN.
 
     exact: the gradient also flows through θ_D^k, so G feels how D will answer.
-    Otherwise "rollback": G steps against the D of k steps ahead as if it stood there for ever,
-    which is what training a copy of D and putting the old one back does.
+    Otherwise ("rollback") θ_D^k is a constant, as if one trained a copy of D for k steps.
     saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
     D is sure of itself: on pictures D soon is, and f freezes near 0.
     """
@@ -92,8 +92,7 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
 def plane_nets(d_z):
     """Points in the plane. G: z_dim -> 2; D: one hidden layer on x / 4. ReLU, orthogonal start.
 
-    With a second hidden layer in D the plain GAN does not collapse (8 of 8 modes, 88 % good, seed
-    0), and there is nothing to show; with tanh for ReLU it still does (2 modes).
+    D is small on purpose: with a second hidden layer the plain GAN reaches all 8 modes of the ring.
     """
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
@@ -118,10 +117,9 @@ class Scale(nn.Module):
 
 
 def image_nets(d_z, c, h, w):
-    """The coursework's networks: for MNIST G has 675,025 parameters and D 1,460,225.
-
-    Added: batch norm without parameters in G and a normal start of 0.02; without the two no digits
-    came in 1,500 steps, only blots, nearly the same for every z.
+    """Fully connected layers and, at G's end, convolutions; for MNIST 675,025 and 1,460,225
+    parameters, as in a coursework. Batch norm without parameters in G and a normal start of 0.02
+    are added: without the two, no digits came in 1,500 steps, only blots.
     """
     def norm(channels, kind):
         return kind(channels, affine=False, track_running_stats=False)
@@ -146,13 +144,16 @@ def image_nets(d_z, c, h, w):
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return G.to(memory_format=torch.channels_last), D  # its few channels run faster side by side
+    return G.to(memory_format=torch.channels_last), D  # faster on the CPU
 
 
 # --- train -------------------------------------------------------------------------------------
 
 def train(run, args, data, k):
-    """Trains one GAN with k unrolled steps of D; returns G and the z of its samples."""
+    """Trains one GAN with k unrolled steps of D; returns G and the z of its samples.
+
+    run: see chapter 01. run.note adds to the row of this step, run.kept is what the figures need.
+    """
     torch.manual_seed(args.seed)  # every k starts from the same networks
     G, D = (net.to(run.device) for net in data.nets())
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=(args.beta1, 0.999), fused=True)
@@ -186,7 +187,7 @@ def train(run, args, data, k):
         rate_g.step()
         rate_d.step()
         run.log(loss_g=loss_g, f=-loss_d)
-        if run.due(40) or run.at(SHOTS):
+        if run.due(40) or run.at(SHOTS):  # 40 times in the training, and after its SHOTS
             few = generate(G, z_fixed[:1000])
             run.note(**data.measure(few))
         if run.at(SHOTS):
@@ -197,7 +198,7 @@ def train(run, args, data, k):
 
 @torch.no_grad()
 def generate(G, z):
-    """G(z), a thousand at a time."""
+    """G(z), a thousand at a time, which share the statistics of batch norm."""
     return torch.cat([G(part) for part in z.split(1000)])
 
 
@@ -210,7 +211,7 @@ class Points:
         self.args, self.name = args, args.data
         self.centres, self.std = {"ring": (common.ring(), 0.02),
                                   "grid": (common.grid(), 0.05)}[args.data]
-        self.reach = 1.5 * self.centres.abs().max().item()  # half a side of the pictures
+        self.reach = 1.5 * self.centres.abs().max().item()  # half a side of the plots
         self.examples = common.gaussian_mixture(self.centres, self.std, 1000)
         self.on_device = self.centres.to(run.device)
 
@@ -239,7 +240,7 @@ class Points:
 
 
 class Pictures:
-    """Any data set of pictures whose sides are divisible by 4, with the same methods."""
+    """Any data set of pictures whose sides are divisible by 4. The same methods as Points."""
 
     def __init__(self, run, args):
         self.args, self.images = args, common.load_images(args, run.device)
@@ -270,7 +271,7 @@ class Pictures:
 def mode_report(x, centres, std):
     """Which modes of a mixture samples x [N, 2] reach; good = within 3 std of the nearest centre.
 
-    modes: centres with a good sample among the first 2,500 (the protocol of VEEGAN);
+    modes: how many centres have a good sample among the first 2,500;
     good: share of good samples, 0..1; kl: of the modes' histogram of good samples to uniform, nats.
     """
     distance, nearest = torch.cdist(x, centres).min(dim=1)
@@ -281,10 +282,11 @@ def mode_report(x, centres, std):
 
 
 def class_report(x, images):
-    """The classes of samples x [N, C, H, W] by their nearest of the first 10,000 training pictures.
+    """The classes of samples x [N, C, H, W]: each has that of its nearest training picture.
 
-    classes: those that occur; kl: of the class histogram to uniform, nats (both only where the data
-    has classes); distance: to that picture, root mean square in [-1, 1] units, mean over samples.
+    The first 10,000 training pictures are looked at. classes: how many occur; kl: of their
+    histogram to uniform, nats (both only where the data has classes); distance: to the nearest
+    picture, root mean square in [-1, 1] units, mean over the samples.
     """
     train = common.to_float(images.x[:10_000]).flatten(1)
     found = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
@@ -320,7 +322,8 @@ def figures(args, data, done, log):
         rows.append((name, cells))
     title = f"Unrolled GAN on {data.name}: {args.method}, seed {args.seed}"
     common.save_panels(args.out / "process.png", rows, title)
-    common.plot_curves(args.out / "curves.png", log, list(log[0])[2:], title)
+    columns = list(log[0])[2:]  # all but model and step
+    common.plot_curves(args.out / "curves.png", log, columns, title)
 
 
 # --- main --------------------------------------------------------------------------------------

@@ -58,16 +58,16 @@ def generator_steps():
     """Milliseconds of one G step for each k: absolute, and as a multiple of k = 0."""
     rows = []
     for name, nets, shape in (("ring", unrolled.plane_nets, (2,)),
-                              ("images", lambda d_z: unrolled.image_nets(d_z, 1, 28, 28),
+                              ("pictures", lambda d_z: unrolled.image_nets(d_z, 1, 28, 28),
                                (1, 28, 28))):
-        setting = unrolled.SETTINGS[name]
+        setting = unrolled.SETTINGS.get(name, unrolled.PICTURES)
         for exact in (True, False):
             first = None
             for k in (0, 1, 5, 10):
                 torch.manual_seed(0)
-                G, D = nets(setting["d_z"])
+                G, D = nets(setting["z_dim"])
                 x = torch.randn(setting["batch"], *shape)
-                z = torch.randn(setting["batch"], setting["d_z"])
+                z = torch.randn(setting["batch"], setting["z_dim"])
 
                 def step():
                     loss = unrolled.unrolled_loss_g(D, x, G(z), k, setting["eta"], exact,
@@ -121,18 +121,20 @@ def gan_step(G, D, x, d_z):
 def gan_steps():
     """Pictures/s of one training step at batch 64, and what chapter 02's loop adds to it."""
     theirs = 64 / seconds(gan_step(*upsampling_nets(), torch.rand(64, 1, 32, 32), 100), least=6)
-    profile = cProfile.Profile()
+    images = common.Images(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), None, "")
+    losses.N_SAMPLES, profile = 64, cProfile.Profile()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        images = common.Images(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), None, "")
-        losses.N_SAMPLES = 64
         args = losses.parse_args(["--out", out])
-        run = profile.runcall(losses.train, args, "nonsaturating", images, torch.device("cpu"),
-                              None, {})
+        with common.Run(args) as run:
+            method = losses.METHODS["nonsaturating"](args, classes=10)
+            for _ in run.each(["nonsaturating"]):
+                began = time.perf_counter()
+                profile.runcall(losses.train, run, args, method, images)
+                loop = (time.perf_counter() - began) / args.steps
     spent = pstats.Stats(profile).stats.items()
     work = {("module.py", "_call_impl"), ("_tensor.py", "backward"), ("adam.py", "step"),
             ("02_gan_losses.py", "bce_d"), ("02_gan_losses.py", "nonsaturating_g")}
     inside = sum(row[3] for (file, _, name), row in spent if (Path(file).name, name) in work)
-    loop = run["ms a step"] / 1000
     print("outside forward, backward, optimiser: "
           f"{100 * (1 - inside / loop / args.steps):.1f} % of chapter 02's loop")
     return [[name, f"{speed:,.0f}", f"{speed / theirs:.1f} x"] for name, speed in (
@@ -148,15 +150,11 @@ def critic_steps():
         opt = torch.optim.Adam(D.parameters(), lr=1e-4, fused=True)
 
         def step():
-            real, fake = D(torch.cat([x, x_fake])).split(len(x))
-            loss = model.d(real, fake)
-            if model.penalty:
-                loss = loss + critics.gradient_penalty(D, x, x_fake)
+            loss = model.loss_d(D, x, x_fake)
             opt.zero_grad()
             loss.backward()
             opt.step()
-            if model.clip:
-                critics.clip(D, critics.CLIP)
+            model.after_d(D)
         spent = seconds(step)
         first = first or spent
         rows.append([name, f"{1e3 * spent:.1f}", f"{spent / first:.2f} x"])
