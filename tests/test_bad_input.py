@@ -77,8 +77,8 @@ def test_an_output_folder_that_is_a_file(script, tmp_path, capsys):
 @every_script
 def test_checkpoints_that_do_not_fit_are_refused_and_kept(script, refused, tmp_path):
     """Of another script, of other flags, half a file, code for unpickling."""
-    path = tmp_path / "out" / "checkpoint.pt"
-    path.parent.mkdir()
+    path = tmp_path / "out" / "quick" / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
     flags = ["--resume", *pictures(tmp_path)]
     other = {"settings": {"script": "99_other"}, "done": {}, "parts": {}}
     for write, words in (
