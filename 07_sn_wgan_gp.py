@@ -508,7 +508,7 @@ def print_measures(title, ruler, measured, columns):
 def score_files(args, images, ruler):
     """scored.png and a table, the best FID first, of the files that --score names."""
     d, shape, measured = ruler.reference.shape[1], list(images.x.shape[1:]), {}
-    for path in args.score:
+    for path in dict.fromkeys(args.score):
         try:
             x = torch.load(path, map_location=images.x.device, weights_only=True)
             fits = x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x) > d

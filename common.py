@@ -137,23 +137,14 @@ def as_script(main):
         finally:
             sys.stdout.flush()  # here, not when Python has ended
     except OSError as e:
-        lost = [stream for stream in (sys.stdout, sys.stderr) if not flushed(stream)]
-        if not lost:
-            raise
-        for stream in lost:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if e.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL: so Windows calls it
-            raise SystemExit(141)
-        fail(f"cannot print ({e.strerror}); files are whole", status=1)
-
-
-def flushed(stream):
-    """True if it takes what is still to be written to it."""
-    try:
-        stream.flush()
-    except OSError:
-        return False
-    return True
+        if e.filename or e.errno not in (errno.EPIPE, errno.EINVAL, errno.ENOSPC):
+            raise  # that is of a file, not of what is printed
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python writes when it ends
+        os.dup2(nowhere, sys.stdout.fileno())
+        if e.errno == errno.ENOSPC:
+            fail("cannot print: the disk is full; files are whole", status=1)
+        os.dup2(nowhere, sys.stderr.fileno())
+        raise SystemExit(141)  # EPIPE, which Windows calls EINVAL
 
 
 def check_batch(args, images, why):
@@ -958,7 +949,7 @@ def place(saved):
 def tell_replaced(out):
     """Says that the run whose checkpoint is in `out`, if there is one, will be replaced."""
     path = out / "checkpoint.pt"
-    if path.exists() and not rank():
+    if path.exists():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             left = "a finished run" if saved["name"] in saved["done"] else (

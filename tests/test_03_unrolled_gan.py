@@ -260,6 +260,11 @@ def test_what_concerns_unrolling_changes_the_unrolled_gan_alone(tmp_path, straig
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_a_k_that_is_named_twice_is_trained_once(tmp_path, straight):
+    assert same(run(tmp_path, "-k", "0", "2", "2", "0"), straight)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_batch_reaches_the_training(tmp_path, straight):
     assert not same(run(tmp_path, "--batch", "100"), straight)
 

@@ -848,6 +848,11 @@ def test_the_classifier_is_kept_and_refused_when_it_does_not_fit(tmp_path, digit
     assert (tmp_path / kept.name).read_bytes() == first
     capsys.readouterr()
     one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--seed", "1"), "seed 0", "has 1")
+    read = common.load_digits
+    with monkeypatch.context() as patch:  # the same name, and pictures upside down
+        patch.setattr(common, "load_digits", lambda args, train: read(args, train)._replace(
+            x=read(args, train).x.flip(2)))
+        one_line(capsys, lambda: run(tmp_path, digits_dir, kept), kept.name, "other pictures")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / kept.name).write_bytes(b"no torch file")
     one_line(capsys, lambda: run(tmp_path / "b", digits_dir, tmp_path / "none"),
