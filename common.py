@@ -114,9 +114,9 @@ def parse(p, argv, quick):
         p.set_defaults(**quick)
         args = p.parse_args(argv)
         args.out /= "quick"
-        if quick and not rank():  # else: all but faster
-            print(f"a quick run tests the code, in {relative(args.out)}: expect grey, leave --quick "
-                  "out for pictures")
+        if quick and not rank():  # 08 has nothing to train: its pictures are the same
+            print(f"a quick run tests the code, in {relative(args.out)}: expect grey, leave "
+                  "--quick out for pictures")
     return args
 
 

@@ -388,7 +388,7 @@ def readers_that_leave(folder):
     """
     here = Path(common.__file__).parent
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-    unrolled_gan = [sys.executable, here / "03_unrolled_gan.py", "--quick", "--out", folder / "left"]
+    quick = [sys.executable, here / "03_unrolled_gan.py", "--quick", "--out"]
 
     def leave_after(lines, command):
         run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -397,11 +397,11 @@ def readers_that_leave(folder):
         run.stdout.close()
         return run.wait(), run.stderr.read()
 
-    closed = subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', *unrolled_gan[:3], "--steps", "2",
-                             "--out", folder / "closed"], env=env, capture_output=True)
+    closed = subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', *quick, folder / "closed", "--steps",
+                             "2"], env=env, capture_output=True)
     return folder, {
         "closed": (closed.returncode, closed.stdout + closed.stderr),
-        "training": leave_after(3, unrolled_gan),
+        "training": leave_after(3, [*quick, folder / "left"]),
         "list": leave_after(0, [sys.executable, here / "08_theory_checks.py", "--list"])}
 
 
