@@ -373,9 +373,7 @@ def parse_args(argv=None):
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
     common.check_side(images)
-    least = 2 * common.processes()
-    if min(args.batch, len(images.x)) < least:
-        common.fail(f"batch norm needs more than one picture: use --batch {least} or more")
+    common.check_batch(args, images, "batch norm needs more than one picture")
 
 
 def main(argv=None):
@@ -396,4 +394,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

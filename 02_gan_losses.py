@@ -715,8 +715,8 @@ def check(args, images):
             common.fail(f"{name} needs labels, and {images.name} has none")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
-        if issubclass(method, EBGAN) and min(args.batch, len(images.x)) < 2:
-            common.fail(f"{name} compares the pictures of a batch: use --batch 2 or more")
+        if issubclass(method, EBGAN):
+            common.check_batch(args, images, f"{name} compares the pictures of a batch")
         if issubclass(method, EBGAN) and args.r1:
             common.fail(f"--r1 is for scores, and the D of {name} is an autoencoder")
 
@@ -745,4 +745,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

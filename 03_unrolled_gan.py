@@ -248,6 +248,7 @@ class Pictures:
         h, w = self.images.x.shape[2:]
         if h % 4 or w % 4:
             common.fail(f"the pictures are {w}x{h}, G needs sides divisible by 4: change --size")
+        common.check_batch(args, self.images, "batch norm needs more than one picture")
 
     def nets(self):
         return image_nets(self.args.z_dim, *self.images.x.shape[1:])
@@ -371,4 +372,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

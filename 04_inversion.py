@@ -192,8 +192,9 @@ def trained(run, args, images):
         generator(args.z_dim, c, side), discriminator(c, side), encoder(args.z_dim, c, side)))
     flags = ("seed", "z_dim", "steps", "encoder_steps", "batch")
     decided = {"shape": str([c, side, side]), "data": images.name} | {
-        name: str(getattr(args, name)) for name in flags}  # what the weights depend on
-    path = common.kept_path(args, "generator")
+        name: str(getattr(args, name)) for name in flags} | {
+        "train_stamp": images.stamp}  # what the weights depend on
+    path = args.out / "generator.pt"
     if path.exists():
         kept = common.load_kept(path, ("G", "E"), decided)
     else:
@@ -363,9 +364,7 @@ def parse_args(argv=None):
 def check(args, images):
     """Ends the run if the flags do not fit the data."""
     common.check_side(images)
-    least = 2 * common.processes()
-    if min(args.batch, len(images.x)) < least:
-        common.fail(f"batch norm needs more than one picture: use --batch {least} or more")
+    common.check_batch(args, images, "batch norm needs more than one picture")
 
 
 def print_tables(name, results):
@@ -403,4 +402,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

@@ -209,8 +209,9 @@ def trained(run, args, images):
         generator(args.z_dim, c, side), discriminator(c, side)))
     fits = {"shape": str([c, side, side]), "z_dim": str(args.z_dim)}
     decided = fits | {"data": images.name} | {
-        name: str(getattr(args, name)) for name in ("seed", "steps", "batch")}
-    path = common.kept_path(args, "generator")
+        name: str(getattr(args, name)) for name in ("seed", "steps", "batch")} | {
+        "train_stamp": images.stamp}
+    path = args.out / "generator.pt"
     if args.generator:  # it may have been trained in any way, and on any data
         kept = common.load_kept(args.generator, ("G",), fits)
     elif path.exists():
@@ -494,4 +495,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

@@ -364,9 +364,7 @@ def parse_args(argv=None):
 def check(args, images, test):
     """Ends the run if the flags do not fit the data."""
     common.check_side(images)
-    least = 2 * common.processes()
-    if min(args.batch, len(images.x)) < least:
-        common.fail(f"a single code has no moments: use --batch {least} or more")
+    common.check_batch(args, images, "a single code has no moments")
     if len(test.x) < 2:
         common.fail(f"{images.name} has one test picture, and moments need two: give a folder "
                     "with at least 20")
@@ -394,4 +392,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

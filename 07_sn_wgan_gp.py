@@ -351,14 +351,15 @@ def train(run, args, model, n_critic, images, ruler):
 
 def train_classifier(run, args, name, images, test):
     """A classifier of the data: that of a run before, or trained now and kept."""
-    path = common.kept_path(args, f"{name}_classifier")
+    path = args.out / f"{name}_classifier.pt"
     expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
-                "steps": str(args.classifier_steps), "seed": str(args.seed)}
+                "steps": str(args.classifier_steps), "seed": str(args.seed),
+                "train_stamp": images.stamp}
     torch.manual_seed(args.seed)
     net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(run.device)
     opt = torch.optim.Adam(net.parameters(), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
-    batches = run.batches(images, 128)
+    batches = run.batches(images, 128 - 128 % common.processes())
 
     for training in run.each(["classifier"]):
         if path.exists():
@@ -507,7 +508,7 @@ def print_measures(title, ruler, measured, columns):
 def score_files(args, images, ruler):
     """scored.png and a table, the best FID first, of the files that --score names."""
     d, shape, measured = ruler.reference.shape[1], list(images.x.shape[1:]), {}
-    for path in args.score:
+    for path in dict.fromkeys(args.score):
         try:
             x = torch.load(path, map_location=images.x.device, weights_only=True)
             fits = x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x) > d
@@ -642,4 +643,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

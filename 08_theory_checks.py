@@ -1676,7 +1676,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("claims")
     g.add_argument("--only", nargs="+", metavar="ID", help="check these claims alone, no pictures")
     g.add_argument("--list", action="store_true", help="say what each claim states, check nothing")
-    args = p.parse_args(argv)
+    args = common.parse(p, argv, quick={})
     unknown = [name for name in args.only or [] if name not in CLAIMS]
     if unknown:
         common.fail(f"no claim is called {unknown[0]!r}: see --list")
@@ -1722,4 +1722,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.as_script(main)

@@ -40,7 +40,7 @@ def finish(script, out, data):
     error = process.communicate()[1]
     if process.returncode:
         sys.exit(f"{script} ended with status {process.returncode}: {error}")
-    return time.monotonic() - began, results(out)
+    return time.monotonic() - began, results(out / "quick")
 
 
 def kill(script, out, data, after, sign):
@@ -53,7 +53,7 @@ def kill(script, out, data, after, sign):
     error = process.communicate()[1]
     if "Traceback" in error and "<frozen importlib" not in error:  # that is before our first line
         sys.exit(f"{script}, killed by {sign.name}: {error}")
-    for file in out.glob("*.pt"):
+    for file in out.rglob("*.pt"):
         torch.load(file, weights_only=True)
     return process.returncode != 0
 
@@ -80,7 +80,7 @@ def main():
                     if not kill(script, out, data, rng.uniform(0.3, 0.8) * seconds, sign):
                         break
                     hits += 1
-                lost += not same(results(out), straight)
+                lost += not same(results(out / "quick"), straight)
             rows.append([script, f"{seconds:.0f}", str(hits), str(lives)])
             print(*rows[-1], "different so far:", lost, flush=True)
     common.print_table(["script", "seconds", "kills", "runs"], rows)

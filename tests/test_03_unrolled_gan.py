@@ -226,7 +226,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 def run(out, *flags):
     unrolled.main(["--quick", "--steps", "12", "-k", "0", "2", "--out", str(out), *flags])
-    return results(out)
+    return results(out / "quick")
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +260,11 @@ def test_what_concerns_unrolling_changes_the_unrolled_gan_alone(tmp_path, straig
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_a_k_that_is_named_twice_is_trained_once(tmp_path, straight):
+    assert same(run(tmp_path, "-k", "0", "2", "2", "0"), straight)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_batch_reaches_the_training(tmp_path, straight):
     assert not same(run(tmp_path, "--batch", "100"), straight)
 
@@ -276,7 +281,7 @@ def test_the_kept_weights_draw_the_samples(tmp_path):
     torch.manual_seed(0)
     G, _ = unrolled.plane_nets(16)
     z = torch.randn(len(samples), 16)
-    G.load_state_dict(torch.load(tmp_path / "weights_k2.pt"))
+    G.load_state_dict(torch.load(tmp_path / "quick" / "weights_k2.pt"))
     assert torch.equal(unrolled.generate(G, z), samples)
 
 
@@ -326,7 +331,7 @@ def killed_and_interrupted(folder):
             [sys.executable, unrolled.__file__, "--quick", *LONG, "--out", out], text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE)
-        while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        while not (out / "quick" / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal_number)
         error = process.communicate()[1]
@@ -349,16 +354,16 @@ def test_a_small_folder_is_enough(tmp_path):
     folder = folder_of_pictures(tmp_path / "p", 20, 8)
     unrolled.main(["--quick", "--steps", "2", "-k", "1", "--out", str(tmp_path / "o"), "--data",
                    folder, "--size", "8"])
-    assert results(tmp_path / "o")["samples_k1.pt"].shape == (1000, 3, 8, 8)
+    assert results(tmp_path / "o" / "quick")["samples_k1.pt"].shape == (1000, 3, 8, 8)
 
 
 def test_a_loss_that_explodes_names_itself_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     run(tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = (tmp_path / "quick" / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(unrolled, "value", lambda D, theta, x, x_fake: x_fake.sum() * math.nan
                         + sum(p.sum() for p in theta.values()))
     one_line(capsys, lambda: run(tmp_path), "loss_g is nan at step 1", status=1)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert (tmp_path / "quick" / "checkpoint.pt").read_bytes() == before
 
 
 def test_odd_sides_are_refused(tmp_path, capsys):

@@ -326,6 +326,19 @@ def test_a_generator_of_other_shapes_is_refused(tmp_path, digits_dir, capsys):
              "shape [1, 28, 28]", "has [3, 32, 32]")
 
 
+def test_a_generator_of_another_folder_of_the_same_name_is_refused(tmp_path, digits_dir, capsys):
+    folders = []
+    for n in (20, 21):  # so many pictures, from black to red
+        (tmp_path / str(n)).mkdir()
+        folders.append(["--data", folder_of_pictures(tmp_path / str(n) / "p", n, 32), "--size",
+                        "32"])
+    first = run(tmp_path / "out", digits_dir, *folders[0])
+    capsys.readouterr()
+    one_line(capsys, lambda: run(tmp_path / "out", digits_dir, *folders[1]), "generator.pt",
+             "other pictures than p has now", "--out")
+    assert same(run(tmp_path / "out", digits_dir, *folders[0]), first)
+
+
 def test_a_broken_generator_file_is_named(tmp_path, digits_dir, capsys):
     for broken in (b"no torch file", None):
         if broken:

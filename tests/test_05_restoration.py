@@ -479,7 +479,12 @@ def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
     asked = ["--generator", str(tmp_path / "generator.pt")]
     folder = ["--data", folder_of_pictures(tmp_path / "p", 20, 32), "--size", "32"]
     (tmp_path / "broken.pt").write_bytes(b"no torch file")
+    other = digits_dir.parent / "other"  # the same names, and one picture that has changed
+    other.mkdir(exist_ok=True)
+    test, (x, y) = torch.load(digits_dir / "digits.pt")
+    torch.save([test, (torch.cat([x[:1].flip(3), x[1:]]), y)], other / "digits.pt")
     for flags, words in (
+            (["--data-dir", str(other)], ["other pictures than drawn digits", "--out"]),
             (["--steps", "6"], ["steps 5", "has 6"]), (["--seed", "2"], ["seed 0", "has 2"]),
             (folder, ["shape [1, 28, 28]", "has [3, 32, 32]"]),
             ([*asked, *folder], ["shape [1, 28, 28]", "has [3, 32, 32]"]),
@@ -488,6 +493,7 @@ def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
             (["--generator", str(tmp_path / "broken.pt")], ["broken.pt", "does not hold G"])):
         capsys.readouterr()
         one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)
+    run(tmp_path, digits_dir, *asked, "--data-dir", str(other))  # one's own choice
 
 
 def test_what_was_seen_stays_and_blind_does_not_know_the_mask(monkeypatch):

@@ -575,15 +575,16 @@ def test_inception_sees_what_torchvision_makes_of_the_picture():
 @pytest.fixture(autouse=True)
 def small_runs(request, monkeypatch, no_figures):
     """A few hundred pictures instead of thousands; all are still scored at every step."""
-    whole, quick = common.load_digits, gan.parse_args
+    whole, parse_args = common.load_digits, gan.parse_args
 
     def part(args, train):
         images = whole(args, train)
         return images._replace(x=images.x[:400], y=images.y[:400])
 
     def fewer(argv):
-        args = quick(argv)
+        args = parse_args(argv)
         args.n_samples, args.n_score = min(args.n_samples, 140), 80  # the half of 140 are above 64
+        args.classifier_steps = 20
         return args
     monkeypatch.setattr(common, "load_digits", part)
     monkeypatch.setattr(gan, "parse_args", fewer)
@@ -594,17 +595,17 @@ def small_runs(request, monkeypatch, no_figures):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """One classifier, trained once for all tests."""
-    return tmp_path_factory.mktemp("kept") / "digit_classifier_quick.pt"
+    return tmp_path_factory.mktemp("kept") / "digit_classifier.pt"
 
 
 def run(out, digits_dir, kept, *flags):
-    """--quick with 9 steps, and the classifier of the test before if there is one."""
+    """9 steps, and the classifier of the test before if there is one."""
     out.mkdir(exist_ok=True)
     mine = out / kept.name
     if kept.exists():
         mine.write_bytes(kept.read_bytes())
-    gan.main(["--quick", "--data", "digits", "--data-dir", str(digits_dir), "--steps", "9",
-              "--batch", "8", "--out", str(out), *flags])
+    gan.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "9", "--batch", "8",
+              "--out", str(out), *flags])
     if mine.exists():
         kept.write_bytes(mine.read_bytes())
     return results(out) if (out / "log.csv").exists() else None
@@ -634,7 +635,7 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
 
 
 def classifier_of(out):
-    return torch.load(out / "digit_classifier_quick.pt")["net"]
+    return torch.load(out / "digit_classifier.pt")["net"]
 
 
 def test_a_kill_around_the_classifier_resumes_to_the_same_bits(tmp_path, digits_dir, monkeypatch):
@@ -647,12 +648,12 @@ def test_a_kill_around_the_classifier_resumes_to_the_same_bits(tmp_path, digits_
     killed = tmp_path / "killed"
     with killed_after(4):
         run(killed, digits_dir, none, *flags)
-    assert not (killed / "digit_classifier_quick.pt").exists()
+    assert not (killed / "digit_classifier.pt").exists()
     assert torch.load(killed / "checkpoint.pt")["step"] == 8
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(gan, "train", mock.Mock(side_effect=RuntimeError("killed")))
         run(killed, digits_dir, none, *flags)
-    assert (killed / "digit_classifier_quick.pt").exists()
+    assert (killed / "digit_classifier.pt").exists()
     assert torch.load(killed / "checkpoint.pt")["name"] == "classifier"
     with monkeypatch.context() as patch:
         patch.setattr(gan.F, "cross_entropy", lambda *_: pytest.fail("trained again"))
@@ -815,7 +816,7 @@ def test_the_rows_are_the_same_whether_the_classifier_was_kept(tmp_path, digits_
     torch.save(torch.zeros(80, 1, 28, 28, dtype=torch.uint8), tmp_path / "black.pt")
     found = []
     for _ in range(2):
-        gan.main(["--quick", "--data", "digits", "--data-dir", str(digits_dir), "--out",
+        gan.main(["--data", "digits", "--data-dir", str(digits_dir), "--out",
                   str(tmp_path), "--score", str(tmp_path / "black.pt")])
         found.append(rows(capsys))
     assert found[0] == found[1] and "noise" in found[0]
@@ -847,6 +848,11 @@ def test_the_classifier_is_kept_and_refused_when_it_does_not_fit(tmp_path, digit
     assert (tmp_path / kept.name).read_bytes() == first
     capsys.readouterr()
     one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--seed", "1"), "seed 0", "has 1")
+    read = common.load_digits
+    with monkeypatch.context() as patch:  # the same name, and pictures upside down
+        patch.setattr(common, "load_digits", lambda args, train: read(args, train)._replace(
+            x=read(args, train).x.flip(2)))
+        one_line(capsys, lambda: run(tmp_path, digits_dir, kept), kept.name, "other pictures")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / kept.name).write_bytes(b"no torch file")
     one_line(capsys, lambda: run(tmp_path / "b", digits_dir, tmp_path / "none"),

@@ -66,6 +66,28 @@ def test_a_side_that_halving_and_doubling_does_not_give_back(script, refused, tm
             "--size 32")
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("01_vae", []), ("02_gan_losses", ["--loss", "ebgan"]), ("02_gan_losses", ["--loss", "began"]),
+    ("03_unrolled_gan", []), ("04_inversion", []), ("06_wae_moments", [])])
+def test_a_batch_of_one_where_two_are_needed(script, flags, refused, digits_dir):
+    refused(script, ["--data", "digits", "--data-dir", digits_dir, "--batch", "1", *flags],
+            "--batch 2 or more")
+
+
+@pytest.mark.parametrize("n, batch, processes, fits", [
+    (9, 2, 1, True), (9, 1, 1, False), (1, 9, 1, False), (9, 4, 2, True), (9, 3, 2, False),
+    (3, 9, 2, False), (9, 9, 5, False)])
+def test_each_process_gets_two_pictures_of_a_batch(n, batch, processes, fits, capsys, monkeypatch):
+    monkeypatch.setattr(common, "processes", lambda: processes)
+    images = common.Images(torch.zeros(n, 1, 28, 28, dtype=torch.uint8), torch.arange(n), "")
+    losses = importlib.import_module("02_gan_losses")
+    args = losses.parse_args(["--loss", "ebgan", "--batch", str(batch)])
+    if fits:
+        losses.check(args, images)
+    else:
+        one_line(capsys, lambda: losses.check(args, images), f"--batch {2 * processes} or more")
+
+
 @every_script
 def test_an_output_folder_that_is_a_file(script, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -77,8 +99,8 @@ def test_an_output_folder_that_is_a_file(script, tmp_path, capsys):
 @every_script
 def test_checkpoints_that_do_not_fit_are_refused_and_kept(script, refused, tmp_path):
     """Of another script, of other flags, half a file, code for unpickling."""
-    path = tmp_path / "out" / "checkpoint.pt"
-    path.parent.mkdir()
+    path = tmp_path / "out" / "quick" / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
     flags = ["--resume", *pictures(tmp_path)]
     other = {"settings": {"script": "99_other"}, "done": {}, "parts": {}}
     for write, words in (

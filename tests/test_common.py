@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import math
+import ntpath
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -26,7 +29,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import common
-from harness import killed_after, one_line
+from harness import killed_after, one_line, rejected
 from strategies import generator, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
@@ -205,6 +208,57 @@ def test_a_changed_folder_is_decoded_again(tmp_path):
     assert common.load_images(args, "cpu").x[0, 0, 0, 0] == 20
 
 
+def stamp_sees_every_change(stamp, seed):
+    """One byte, one label, two pictures that change places, another shape, no labels."""
+    rng = generator(seed)
+    x = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8, generator=rng)
+    y, at = torch.arange(6), torch.randint(6 * 48, (), generator=rng)
+    images = common.Images(x, y, "")
+    one, label = x.clone(), y.clone()
+    one.view(-1)[at] += 1
+    label[at % 6] += 1
+    swapped = x[torch.tensor([1, 0, 2, 3, 4, 5])]
+    others = [common.Images(*other, "") for other in (
+        (one, y), (x, label), (swapped, y), (x.view(6, 3, 2, 8), y), (x, None))]
+    assert len({stamp(data) for data in [images, *others]}) == 6  # alike once in 2^32
+    apart = x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)  # lies otherwise in memory
+    assert stamp(common.Images(apart, y.clone(), "other name")) == stamp(images)
+
+
+@given(seeds())
+def test_the_stamp_sees_every_change_of_the_data(seed):
+    stamp_sees_every_change(common.stamp_of, seed)
+
+
+def test_a_sum_of_all_bytes_is_found_out():
+    """The wrong twin: two pictures that change places have the same."""
+    assert rejected(stamp_sees_every_change, lambda images: (
+        images.x.shape, images.x.sum().item(), images.y is None or images.y.sum().item()), 0)
+
+
+@pytest.mark.parametrize("changed", ["00", "09"])  # a training picture, a test picture
+def test_a_run_does_not_go_on_with_data_that_have_changed(tmp_path, capsys, changed):
+    write_folder(tmp_path / "p")
+    args = arguments(tmp_path, "--data", tmp_path / "p", "--size", 16, "--resume")
+
+    def go_on():
+        start(args)
+        for train in (True, False):
+            common.load_images(args, "cpu", train=train)
+        return common.load_checkpoint(args)
+
+    go_on()
+    common.save_checkpoint(args, {})
+    picture = tmp_path / "p" / "deep" / f"{changed}.png"
+    before = picture.read_bytes()
+    picture.write_bytes(before)  # a new file with the same pixels
+    assert go_on()
+    Image.new("RGB", (30, 40), (7, 7, 7)).save(picture)
+    one_line(capsys, go_on, "other pictures", str(tmp_path / "p"), "another --out")
+    picture.write_bytes(before)
+    assert go_on()
+
+
 def numbered(n):
     """n pictures of one pixel, each of the grey value of its number, which is also its label."""
     y = torch.arange(n, dtype=torch.uint8)
@@ -293,6 +347,87 @@ def test_small_picture_is_named(capsys, tmp_path):
     write_folder(tmp_path / "p")
     Image.new("RGB", (15, 90)).save(tmp_path / "p" / "small.png")
     one_line(capsys, load(tmp_path, "--data", tmp_path / "p", "--size", 16), "small.png", "15x90")
+
+
+# --- terminals ---------------------------------------------------------------------------------
+
+CHAPTERS = sorted(path.stem for path in Path(common.__file__).parent.glob("0[1-8]_*.py"))
+SCREENS = [*((name, "--help") for name in CHAPTERS), ("08_theory_checks", "--list")]
+
+
+def printed(monkeypatch, encoding, run):
+    """What run() prints on a stdout of that encoding, which raises for what it has not."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    with contextlib.suppress(SystemExit):
+        run()
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("chapter, flag", SCREENS)
+def test_a_character_that_the_output_lacks_is_replaced(monkeypatch, chapter, flag, encoding):
+    main = importlib.import_module(chapter).main
+    shown = printed(monkeypatch, encoding, lambda: common.as_script(lambda: main([flag])))
+    whole = printed(monkeypatch, "utf8", lambda: common.as_script(lambda: main([flag])))
+    assert shown == whole.encode(encoding, "replace").decode(encoding) and len(shown) > 500
+
+
+def test_without_replacement_it_is_an_error(monkeypatch):
+    """The wrong twin."""
+    main = importlib.import_module("08_theory_checks").main
+    with pytest.raises(UnicodeEncodeError):
+        printed(monkeypatch, "ascii", lambda: main(["--list"]))
+
+
+def readers_that_leave(folder):
+    """By name: status, and what was said on stderr, of scripts whose output is closed.
+
+    Both by the shell before the start; after three lines of a training; before a list comes, which
+    Python may still hold when it ends.
+    """
+    here = Path(common.__file__).parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    quick = [sys.executable, here / "03_unrolled_gan.py", "--quick", "--out"]
+
+    def leave_after(lines, command):
+        run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(lines):
+            run.stdout.readline()
+        run.stdout.close()
+        return run.wait(), run.stderr.read()
+
+    closed = subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', *quick, folder / "closed", "--steps",
+                             "2"], env=env, capture_output=True)
+    return folder, {
+        "closed": (closed.returncode, closed.stdout + closed.stderr),
+        "training": leave_after(3, [*quick, folder / "left"]),
+        "list": leave_after(0, [sys.executable, here / "08_theory_checks.py", "--list"])}
+
+
+@pytest.mark.beside(run=readers_that_leave)
+def test_without_a_reader_a_script_ends_quietly_and_its_files_are_whole(beside):
+    """141 is the status that a shell gives to a program which SIGPIPE has ended."""
+    folder, ends = beside
+    assert ends == {"closed": (0, b""), "training": (141, b""), "list": (141, b"")}
+    assert (folder / "closed" / "quick" / "process.png").stat().st_size > 0
+    assert not list(folder.glob("left/quick/*.tmp"))
+    for file in folder.glob("left/quick/*.pt"):
+        torch.load(file)
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_reader_that_left(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        common.as_script(lambda: open(tmp_path))
+
+
+def test_a_path_on_another_drive_is_absolute(monkeypatch):
+    """With the functions of Windows, where relpath raises ValueError."""
+    for name in ("relpath", "abspath"):
+        monkeypatch.setattr(os.path, name, getattr(ntpath, name))
+    monkeypatch.setattr(os, "getcwd", lambda: "C:\\course")
+    assert common.relative("C:\\course\\out\\a.png") == "out\\a.png"
+    assert common.relative("D:\\out\\a.png") == "D:\\out\\a.png"
 
 
 # --- checkpoints and files ---------------------------------------------------------------------
@@ -499,6 +634,16 @@ def test_what_is_given_stands_whatever_quick_says(tmp_path):
         assert (args.steps, args.n_samples) == (steps, n_samples), flags
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_quick_run_has_a_folder_of_its_own_and_says_so(tmp_path, capsys, chapter):
+    parse_args = importlib.import_module(chapter).parse_args
+    for flags, folder in (([], "out"), (["--quick"], "out/quick")):
+        assert parse_args(["--out", str(tmp_path / "out"), *flags]).out == tmp_path / folder
+    said = capsys.readouterr().out
+    trains = chapter != "08_theory_checks"  # whose pictures are the same
+    assert said.count("\n") == said.count(f"out{os.sep}quick: expect grey") == trains
+
+
 # --- runs --------------------------------------------------------------------------------------
 
 TEN = common.Images(torch.arange(160, dtype=torch.uint8).view(10, 1, 4, 4), torch.arange(10), "ten")
@@ -658,17 +803,43 @@ def test_numbers_noted_outside_of_the_log_have_a_row(tmp_path):
     assert run.rows == [{"model": "a", "step": 12, "loss": 1 / 12, "score": 7}]
 
 
+def test_a_run_that_begins_anew_says_what_it_replaces(tmp_path, capsys):
+    args = arguments(tmp_path)
+
+    def said(*flags, death=None):
+        args.resume = "--resume" in flags
+        with killed_after(death) if death else contextlib.nullcontext():
+            toy(args)
+        return "\n".join(line for line in capsys.readouterr().out.splitlines()
+                         if "begins anew" in line or "going on" in line)
+
+    assert said(death=17) == ""
+    assert "out holds a run that has come to step 5 of b (--resume" in said(death=12)
+    assert said("--resume", death=12) == "going on after step 12 of a"
+    assert said("--resume") == "going on after step 12 of b"
+    assert said("--resume") == "going on after b"
+    assert "out holds a finished run: this run begins anew" in said(death=24)
+    assert "step 12 of b (--resume" in said()  # it was killed before its figures
+    (args.out / "checkpoint.pt").write_bytes(b"no torch file")
+    assert "cannot be read: this run begins anew" in said()
+    args.seed = 1
+    assert "a finished run: this run begins anew" in said()  # whatever its flags were
+
+
 def taken():
-    """What a run takes from its process."""
-    return signal.getsignal(signal.SIGINT), sys.excepthook, socket.getdefaulttimeout(), sys.stdout
+    """What a run takes from its process, and what it might."""
+    return (signal.getsignal(signal.SIGINT), sys.excepthook, socket.getdefaulttimeout(), sys.stdout,
+            sys.stdout.errors, list(warnings.filters), dict(os.environ), os.getcwd(),
+            threading.active_count(), torch.get_num_threads(), torch.get_default_dtype(),
+            torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
 
 
-@pytest.mark.parametrize("how", ["well", "refused", "killed"])
+@pytest.mark.parametrize("how", ["well", "refused", "killed", "stopped"])
 def test_a_run_gives_back_what_it_took(tmp_path, how):
     """In a notebook the process goes on, and another may want the folder."""
     before, args = taken(), arguments(tmp_path)
     end = {"well": lambda run: None, "refused": lambda run: common.fail("no"),
-           "killed": lambda run: 1 / 0}[how]
+           "killed": lambda run: 1 / 0, "stopped": press_ctrl_c_at(5)}[how]
     with contextlib.suppress(SystemExit, ZeroDivisionError):
         toy(args, in_step=end)
     assert taken() == before

@@ -67,9 +67,10 @@ def test_chapters_keep_equal_parameters_and_write_one_set_of_files(beside):
         start, end = both[0][0], both[0][-1]
         assert same_results(end, both[1][-1]), name  # before they are shared
         assert not same_results(start, end)
-        files = {file.name for file in (folder / name).iterdir()}
+        out = folder / name / "quick"
+        files = {file.name for file in out.iterdir()}
         assert {"checkpoint.pt", "log.csv"} < files and not any(".tmp" in file for file in files)
-        rows = (folder / name / "log.csv").read_text().splitlines()
+        rows = (out / "log.csv").read_text().splitlines()
         assert len(rows) == 11, name  # a head, and one row for each step
     assert said.count("device cpu") == len(CHAPTERS)  # the first process alone speaks
 
