@@ -9,15 +9,19 @@ Idea     a claim predicts a number: compute it another way          -> agree()
 See      a table for each topic: claim, what it expects, what was measured,
          verdict. 63 claims: 45 hold, 18 are refuted. Exit status 1 if the
          evidence for a verdict fails for one of 5 seeds. Seven figures in
-         out/08_theory_checks, of receptive fields, games of GANs and others.
+         out/08_theory_checks, among them receptive fields and games of GANs.
+Read     The text of a claim says whether the course states it ("says yes"),
+         calls it false, or only asks; the verdict is ours. x [B, d]: x has the
+         shape (B, d). σ(a): the sigmoid. nats: natural logs. .to(x): x's dtype.
 Differs  No data and nothing from other chapters: float64 on the CPU, and
-         float32 where that is enough (GLO, counts, small whole numbers).
+         float32 where it is enough (one small training, counts, whole numbers).
 Try      Take "+ lam * w2" out of mlp_grads. Which of the claims mlp-grads and
          mlp-backprop loses its evidence? Predict it, then run both (--only).
 Run      python 08_theory_checks.py
          python 08_theory_checks.py --only optimal-d double-sigmoid
 """
 
+import functools
 import itertools
 import math
 import textwrap
@@ -32,8 +36,6 @@ import common
 
 SEEDS = 5              # a verdict counts only if the evidence confirms it for all of them
 ROUNDING = 1e-10       # float64 keeps 16 digits; what is exact on paper agrees to at least 10
-THREE_POINTS = (-3 ** 0.5, 0.0, 3 ** 0.5)  # these values, with these probabilities, have the
-THREE_WEIGHTS = (1 / 6, 2 / 3, 1 / 6)      # first five moments of a standard normal
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -41,8 +43,8 @@ THREE_WEIGHTS = (1 / 6, 2 / 3, 1 / 6)      # first five moments of a standard no
 class Claim(NamedTuple):
     """A claim: its topic, its verdict and the check that must confirm the verdict.
 
-    check() returns (what the claim expects, what was measured, evidence): two texts, and True if
-    what was measured confirms the verdict. Anything but True, also nan, does not confirm it."""
+    check() returns (what the claim expects, what was measured, evidence): two texts, and whether
+    what was measured confirms the verdict. Evidence must be the value True, so nan is none."""
     topic: str
     verdict: str  # "holds" or "refuted"
     check: object
@@ -50,31 +52,26 @@ class Claim(NamedTuple):
 
 TOPICS = {}   # the introduction of each topic
 CLAIMS = {}   # by id, in the order of this file
-FIGURES = {}  # the function that makes each picture, by file name
+FIGURES = {}  # by file name: what save_figure needs to draw it
 
 
 def topic(name, introduction):
-    """Opens a topic: the claims that follow belong to it."""
+    """Opens a topic: a claim belongs to the topic that was opened last."""
     TOPICS[name] = " ".join(introduction.split())
 
 
 def register(check, verdict):
-    """The id is the name of the check, with "-" for "_". If a function to paste has that name
-    already, the check's name ends in an underscore, which does not belong to the id."""
+    """Keeps a check as a claim. The id is the check's name, with "-" for "_". If a function to
+    paste has that name already, the check's ends in an underscore, which is not part of the id."""
     name = check.__name__.rstrip("_").replace("_", "-")
     assert name not in CLAIMS, f"two claims are called {name}"
     CLAIMS[name] = Claim(list(TOPICS)[-1], verdict, check)
     return check
 
 
-def holds(check):
-    """Decorator: the claim is right, and the evidence of its check must confirm it."""
-    return register(check, "holds")
-
-
-def refuted(check):
-    """Decorator: the claim is wrong, and the evidence of its check must refute it."""
-    return register(check, "refuted")
+# decorators of a check: the claim is right, or wrong, and the evidence must show exactly that
+holds = functools.partial(register, verdict="holds")
+refuted = functools.partial(register, verdict="refuted")
 
 
 def row(name, text, expected, compute):
@@ -87,31 +84,31 @@ def row(name, text, expected, compute):
         measured = compute()
         return as_text(expected), as_text(measured), measured == expected
 
-    check.__name__, check.__doc__ = name, text
+    check.__name__, check.__doc__ = name, text  # so that a row looks like a checked function
     holds(check)
 
 
-def agree(expected, measured, unit="", tolerance=ROUNDING, note="", also=True):
+def agree(expected, measured, unit="", tolerance=ROUNDING, note="", and_also=True):
     """The claim is that two numbers agree: to `tolerance` times max(1, |expected|).
 
-    note: shown beside what was measured. also: a condition that must be true besides."""
+    note: shown beside what was measured. and_also: a second condition, which must be true, too."""
     close = abs(measured - expected) <= tolerance * max(1, abs(expected))
     text = f"{measured:.6g} {unit}".strip()
     if note:
         text += f" ({note})"
-    return f"{expected:.6g} {unit}".strip(), text, close and bool(also)
+    return f"{expected:.6g} {unit}".strip(), text, close and bool(and_also)
 
 
-def equal(*pairs, note="", also=True):
+def equal(*pairs, note="", and_also=True):
     """The claim is that tensors are equal, pair by pair: no entry differs by more than rounding.
 
-    note and also: as for agree."""
+    note and and_also: as for agree."""
     differences = torch.stack([(a - b).abs().max().double() for a, b in pairs])
     worst = differences.max().item()  # torch's max, unlike Python's, never loses a nan
     text = f"difference {worst:.0e}" if worst else "difference 0"
     if note:
         text += f" ({note})"
-    return "difference 0", text, worst <= ROUNDING and bool(also)
+    return "difference 0", text, worst <= ROUNDING and bool(and_also)
 
 
 def double(numbers):
@@ -125,27 +122,28 @@ def normal(*shape):
 
 
 def gradient(f, *inputs):
-    """∂f/∂input for each of `inputs` by autograd: one side of many checks, never both."""
+    """∂f/∂input by autograd: a tensor for one input, a tuple for several."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     grads = torch.autograd.grad(f(*inputs), inputs)
     return grads[0] if len(grads) == 1 else grads
 
 
 def figure(name, title, panels=1, width=4.5, height=3.8):
-    """Decorator of draw(panel, ...): name.png has panels side by side, each `width` inches wide,
-    with its legend below, where it hides no data."""
-    def register_figure(draw):
-        def make():
-            fig, axes = common.figure(1, panels, width * panels, height, title)
-            draw(*axes[0])
-            for ax in axes[0]:
-                if ax.get_legend_handles_labels()[0]:
-                    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
-            return fig
-
-        FIGURES[name] = make
+    """Decorator of draw(panel, ...): name.png has panels side by side, `width` inches each."""
+    def keep(draw):
+        FIGURES[name] = draw, title, panels, width, height
         return draw
-    return register_figure
+    return keep
+
+
+def save_figure(path, draw, title, panels, width, height):
+    """Draws the panels and puts the legend of each below it, where it hides no data."""
+    fig, axes = common.figure(1, panels, width * panels, height, title)
+    draw(*axes[0])
+    for ax in axes[0]:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
+    common.save_figure(fig, path)
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -156,18 +154,19 @@ topic("layers", """
     The others take one layer at a time: each can be written as a small sum, so its expectation or
     its gradient can be computed by hand and compared.""")
 
-# a layer is (kernel, stride, padding, dilation), on one side; DCGAN_D is the network D of a GAN
-ALEXNET = [(11, 4, 2, 1), (3, 2, 0, 1), (5, 1, 2, 1), (3, 2, 0, 1), *3 * [(3, 1, 1, 1)],
-           (3, 2, 0, 1)]
+# a layer is (kernel, stride, padding, dilation) along one axis; kernels are square
 CONV, POOL = (3, 1, 1, 1), (2, 2, 0, 1)
-VGG_A = [CONV, POOL, CONV, POOL, *3 * [CONV, CONV, POOL]]
-VGG_16 = [*2 * [CONV, CONV, POOL], *3 * [CONV, CONV, CONV, POOL]]
-MOBILENET = [(3, s, 1, 1) for s in (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)]  # 1x1 add nothing
-DCGAN_D = [*4 * [(4, 2, 1, 1)], (4, 1, 0, 1)]
+ALEXNET = [(11, 4, 2, 1), (3, 2, 0, 1), (5, 1, 2, 1), (3, 2, 0, 1)] + 3 * [CONV] + [(3, 2, 0, 1)]
+VGG_A = 2 * [CONV, POOL] + 3 * [CONV, CONV, POOL]
+VGG_16 = 2 * [CONV, CONV, POOL] + 3 * [CONV, CONV, CONV, POOL]
+# MobileNet's 1x1 convolutions widen nothing and are left out
+MOBILENET = [(3, s, 1, 1) for s in (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)]
+DCGAN_D = 4 * [(4, 2, 1, 1)] + [(4, 1, 0, 1)]  # DCGAN's discriminator D
 
 
 def resnet_50(stride_in):
-    """The longest path through ResNet-50, with the stride of a stage in its first 1x1 or 3x3."""
+    """The path through the 3x3 convolutions (the shortcuts see less); stride_in: which convolution
+    of a stage's first block has the stride, "1x1" or "3x3"."""
     layers = [(7, 2, 3, 1), (3, 2, 1, 1)]
     for blocks, stride in ((3, 1), (4, 2), (6, 2), (3, 2)):
         for s in [stride] + [1] * (blocks - 1):
@@ -176,11 +175,12 @@ def resnet_50(stride_in):
 
 
 def receptive_field(layers):
-    """r_k = r_{k-1} + (g_k - 1) Π_{i<k} s_i,  g = dilation (kernel - 1) + 1.
+    """What an output of a stack of layers sees: (size, stride, padding) of the stack as one layer.
 
-    layers: (kernel, stride, padding, dilation) from the input on, one side of each convolution or
-    pooling. Returns (size, stride, padding) of the stack seen as one layer: output j looks at the
-    inputs j stride - padding ... j stride - padding + size - 1. An empty stack is (1, 1, 0)."""
+    layers: (kernel, stride, padding, dilation) along one axis of each convolution or pooling, from
+    the input on. Output j sees the inputs j stride - padding ... j stride - padding + size - 1. An
+    empty stack is (1, 1, 0). After k layers the size is r_k = r_{k-1} + (g_k - 1) Π_{i<k} s_i: s_i
+    is the stride of layer i, and g_k = dilation (kernel - 1) + 1 the length of kernel k."""
     size, stride, padding = 1, 1, 0
     for kernel, s, p, dilation in layers:
         size += dilation * (kernel - 1) * stride
@@ -205,14 +205,13 @@ def rf_recursion():
     """r_k = r_{k-1} + (g_k - 1) Π_{i<k} s_i, g = dilation (kernel - 1) + 1.
 
     The course says yes. A kernel of layer k takes g_k - 1 steps, each Π_{i<k} s_i pixels long. In
-    20 random networks the formula must name the inputs where an output's gradient is not zero."""
+    20 random networks the formula must name the first and last input with a nonzero gradient."""
     right = 0
     for _ in range(20):
-        layers = [tuple(torch.randint(low, high, ()).item()
-                        for low, high in ((1, 5), (1, 4), (0, 3), (1, 4)))
-                  for _ in range(torch.randint(1, 5, ()))]
+        depth = torch.randint(1, 5, ()).item()
+        layers = (torch.randint(4, (depth, 4)) + torch.tensor([1, 1, 0, 1])).tolist()
         size, stride, padding = receptive_field(layers)
-        j = -(-padding // stride)  # the first output that looks at no padding
+        j = math.ceil(padding / stride)  # the first output that looks at no padding
         first = j * stride - padding
         right += seen_inputs(layers, j, 2 * (first + size)) == (first, first + size - 1)
     return agree(20, right, "of 20 networks")
@@ -235,40 +234,34 @@ row("rf-nets",
 row("rf-alexnet",
     """AlexNet's conv1, pool1, conv2, pool2, conv3, conv4, conv5, pool5 see 11 to 195 pixels.
 
-    The strides of the first layers (4 and 2) are why it sees most of its 224 pixels after five
-    convolutions: each of the later 3x3 adds 32.""",
+    The strides of the first layers (4, 2 and 2) are why it sees most of its 224 pixels after five
+    convolutions: each of the later 3x3 adds 2 · 16 = 32.""",
     [11, 19, 51, 67, 99, 131, 163, 195],
     lambda: sizes_per_layer(ALEXNET))
 
 row("rf-vgg-a",
     """The 8 convolutions and 5 poolings of VGG-A, in their order, see 3 to 150 pixels.
 
-    Its kernels are small, so the growth comes from the poolings: behind them a 3x3 convolution
-    adds 2, 4, 8, 16, 32 pixels.""",
+    Its kernels are small, so the growth comes from the poolings: a 3x3 adds 2 pixels before the
+    first pooling, then 4, 8, 16, 32.""",
     [3, 4, 8, 10, 18, 26, 30, 46, 62, 70, 102, 134, 150],
     lambda: sizes_per_layer(VGG_A))
 
-GROWTH = {"plain": 4 * [(3, 1, 1, 1)], "stride 2": 4 * [(3, 2, 1, 1)],
+GROWTH = {"plain": 4 * [CONV], "stride 2": 4 * [(3, 2, 1, 1)],
           "pooling": 4 * [CONV, POOL], "dilation": [(3, 1, d, d) for d in (1, 2, 4, 8)]}
-
-
-def size_and_stride(net):
-    size, stride, _ = receptive_field(net)
-    return f"{size}/{stride}"
-
 
 row("rf-growth",
     """Stride and pooling multiply all later growth and cost resolution; dilation costs none.
 
     The course says yes. Four 3x3 convolutions: "31/16" means that an output sees 31 pixels, and
-    that there is one for every 16. Dilation 1, 2, 4, 8 sees as far and has one for every pixel.""",
+    that there is one for every 16. Dilation 1, 2, 4, 8 sees as far as stride 2, at stride 1.""",
     "plain 9/1, stride 2 31/16, pooling 46/16, dilation 31/1",
-    lambda: ", ".join(f"{name} {size_and_stride(net)}" for name, net in GROWTH.items()))
+    lambda: ", ".join("{} {}/{}".format(name, *receptive_field(net)[:2])
+                      for name, net in GROWTH.items()))
 
 
 @figure("receptive_field", "Receptive field: what four layers see, and what it costs", panels=2)
 def draw_receptive_field(sizes, strides):
-    """Size of the receptive field, and pixels per output, layer by layer."""
     for name, net in GROWTH.items():
         found = [receptive_field(net[:i]) for i in range(len(net) + 1)]
         x = [4 * i / len(net) for i in range(len(net) + 1)]  # a pooling is half a step
@@ -286,27 +279,28 @@ def draw_receptive_field(sizes, strides):
 def residual_filters():
     """In y = f(x) + x the best linear filter f is the plain best filter minus the identity kernel.
 
-    The course says "it learns the difference", after He et al. 2016. The check fits both filters by
-    least squares. It is exact for one linear convolution, because f(x) + x is again one."""
+    The course says "it learns the difference", after He et al. 2016. For one linear convolution
+    and least squares this is exact, because f(x) + x is again a convolution."""
     x = normal(8, 1, 12, 12)
     y = F.conv2d(x, normal(1, 1, 3, 3)) + 0.3 * normal(8, 1, 10, 10)
-    patches = F.unfold(x, 3).transpose(1, 2).reshape(-1, 9)
-    plain = torch.linalg.lstsq(patches, y.reshape(-1, 1)).solution
-    residual = torch.linalg.lstsq(patches, (y - x[..., 1:-1, 1:-1]).reshape(-1, 1)).solution
-    identity = torch.eye(9, dtype=torch.float64)[:, 4:5]  # 1 in the middle of the 3x3
+    patches = F.unfold(x, 3).transpose(1, 2).reshape(-1, 9)  # [800, 9]: what each output sees
+    difference = y - x[..., 1:-1, 1:-1]                      # [8, 1, 10, 10]
+    plain = torch.linalg.lstsq(patches, y.reshape(-1, 1)).solution              # [9, 1]
+    residual = torch.linalg.lstsq(patches, difference.reshape(-1, 1)).solution  # [9, 1]
+    identity = torch.eye(9, dtype=torch.float64)[:, 4:5]     # 1 in the middle of the 3x3
     return equal((residual, plain - identity))
 
 
 def masks(n, p):
-    """All 2^n dropout masks [2^n, n] of zeros and ones, and their probabilities [2^n]."""
+    """All 2^n dropout masks [2^n, n] and their probabilities [2^n]; p: probability of a 0."""
     m = torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)), dtype=torch.float64)
     return m, (m * (1 - p) + (1 - m) * p).prod(dim=1)
 
 
 def dropout_mask_average(x, p, f=lambda x: x):
-    """Exact E f(x m / (1 - p)) over all 2^n masks m; each entry of x [n] is kept with 1 - p.
+    """Exact E f(x m / (1 - p)) over all 2^n masks m, which keep an entry with probability 1 - p.
 
-    f maps [n] to a tensor; the identity if left out. n up to about 15, 0 <= p < 1."""
+    x [n]; f maps [n] to a tensor; the identity if left out. n up to about 15, 0 <= p < 1."""
     m, probability = masks(len(x), p)
     return sum(w * f(x * kept / (1 - p)) for w, kept in zip(probability, m))
 
@@ -315,26 +309,26 @@ def dropout_mask_average(x, p, f=lambda x: x):
 def dropout_scale():
     """Scaling by 1/(1 - p) keeps the expectation: E dropout(x) = x.
 
-    The course says yes: (1 - p) x / (1 - p) + p 0 = x. The check averages over all masks, and over
-    10,000 draws of torch's dropout, which must come within 6 standard deviations of a mean."""
+    The course says yes: (1 - p) x / (1 - p) + p 0 = x."""
     x, p, n = normal(8), 0.3, 10_000
     exact = dropout_mask_average(x, p)
     drawn = F.dropout(x.expand(n, -1), p).mean(dim=0)
-    within = (drawn - x).abs() <= 6 * x.abs() * (p / (1 - p) / n) ** 0.5
-    return equal((exact, x), also=within.all())
+    within = (drawn - x).abs() <= 6 * x.abs() * (p / (1 - p) / n) ** 0.5  # 6 standard deviations
+    return equal((exact, x), and_also=within.all())
 
 
 @holds
 def dropout_merge():
     """Dropout(p1) then Dropout(p2) is Dropout(1 - (1 - p1)(1 - p2)).
 
-    The course did not write it out: a unit stays if it stays twice. The check sums the probability
-    of each of the 2^4 joint masks over all pairs of masks, and compares with a single dropout."""
+    The course did not write it out: a unit stays if it stays twice, and the factors 1/(1 - p1) and
+    1/(1 - p2) multiply to the factor of the single dropout."""
     n, p1, p2 = 4, 0.2, 0.5
-    (m1, w1), (m2, w2) = masks(n, p1), masks(n, p2)
-    kept = (m1[:, None] * m2[None]).flatten(0, 1)
-    m, single = masks(n, 1 - (1 - p1) * (1 - p2))
-    twice = torch.stack([(w1[:, None] * w2).flatten()[(kept == one).all(dim=1)].sum() for one in m])
+    merged, single = masks(n, 1 - (1 - p1) * (1 - p2))
+    twice = torch.zeros_like(single)
+    for m1, w1 in zip(*masks(n, p1)):
+        for m2, w2 in zip(*masks(n, p2)):
+            twice += w1 * w2 * (merged == m1 * m2).all(dim=1)
     return equal((twice, single))
 
 
@@ -342,11 +336,12 @@ def dropout_merge():
 def dropout_place():
     """Dropout must come after the activation, not before.
 
-    The course says that this is false, and it is. For one mask m, relu(x m) = relu(x) m, so ReLU
-    cannot tell the two orders apart. A sigmoid can: it turns a dropped 0 into 1/2."""
+    The course says that this is false, and it is. ReLU is the counterexample: relu(x m) = relu(x) m
+    for every mask m. The sigmoid, which turns a dropped 0 into 1/2, is the control: it shows that
+    the check can see a difference."""
     x, m = normal(100), (torch.rand(100) < 0.5).double()
     relu, sigmoid = ((f(x * m) - f(x) * m).abs().max().item() for f in (torch.relu, torch.sigmoid))
-    return "order matters", f"ReLU {relu:g}, sigmoid {sigmoid:g}", relu == 0 and sigmoid > 0
+    return "ReLU: not 0", f"ReLU {relu:g}, sigmoid {sigmoid:g}", relu == 0 and sigmoid > 0
 
 
 def pair(value):
@@ -395,7 +390,7 @@ def conv2d_grad_weight(input, weight_size, grad_output, stride=1, padding=0, dil
 
 
 def true_convolution(a, b, padding=0):
-    """a * b with the kernel turned round, a [1, 1, H, W], b [1, 1, h, w]; conv2d correlates."""
+    """a * b: conv2d with the kernel b turned round; a [1, 1, H, W], b [1, 1, h, w]."""
     return F.conv2d(a, b.flip(2, 3), padding=padding)
 
 
@@ -405,8 +400,9 @@ def random_conv(x_size, w_size, y_size, **how):
     return x, w, grad, *gradient(lambda x, w: (F.conv2d(x, w, **how) * grad).sum(), x, w)
 
 
-PLAIN = (1, 1, 7, 6), (1, 1, 3, 3), (1, 1, 5, 4)  # sizes of x, w, y
-LARGE, HOW = ((2, 4, 9, 8), (6, 2, 3, 3), (2, 6, 5, 4)), dict(stride=2, padding=1, groups=2)
+PLAIN_SIZES = (1, 1, 7, 6), (1, 1, 3, 3), (1, 1, 5, 4)  # of x, w and y
+GROUPED_SIZES = (2, 4, 9, 8), (6, 2, 3, 3), (2, 6, 5, 4)
+GROUPED = dict(stride=2, padding=1, groups=2)
 
 
 @holds
@@ -415,13 +411,14 @@ def conv_grad_input():
 
     The course says so, with grad = ∂L/∂y. It is right if * is the true convolution, which turns f
     round, and wrong if * is a correlation, as conv2d is. conv2d_grad_input is the general form."""
-    image, f, grad, by_autograd, _ = random_conv(*PLAIN)
-    x, w, grad_large, large_by_autograd, _ = random_conv(*LARGE, **HOW)
+    image, f, grad, by_autograd, _ = random_conv(*PLAIN_SIZES)
+    x, w, grad_large, large_by_autograd, _ = random_conv(*GROUPED_SIZES, **GROUPED)
+    # padding=2 adds the places where the 3x3 filter touches only the rim of grad: 7 x 6 in all
     wrong = (by_autograd - F.conv2d(grad, f, padding=2)).abs().max().item()
     return equal((by_autograd, true_convolution(grad, f, padding=2)),
                  (by_autograd, conv2d_grad_input(image.shape, f, grad)),
-                 (large_by_autograd, conv2d_grad_input(x.shape, w, grad_large, **HOW)),
-                 note=f"correlation: {wrong:.1f}", also=wrong > 0.1)
+                 (large_by_autograd, conv2d_grad_input(x.shape, w, grad_large, **GROUPED)),
+                 note=f"correlation: {wrong:.1f}", and_also=wrong > 0.1)
 
 
 @holds
@@ -430,21 +427,21 @@ def conv_grad_weight():
 
     The course says so, and it is right if * is the true convolution: that turns grad round a second
     time, so the gradient is the correlation of I and grad. Without the flip it is wrong."""
-    image, f, grad, _, by_autograd = random_conv(*PLAIN)
-    x, w, grad_large, _, large_by_autograd = random_conv(*LARGE, **HOW)
+    image, f, grad, _, by_autograd = random_conv(*PLAIN_SIZES)
+    x, w, grad_large, _, large_by_autograd = random_conv(*GROUPED_SIZES, **GROUPED)
     wrong = (by_autograd - true_convolution(image, grad)).abs().max().item()
     return equal((by_autograd, true_convolution(image, grad.flip(2, 3))),
                  (by_autograd, conv2d_grad_weight(image, f.shape, grad)),
-                 (large_by_autograd, conv2d_grad_weight(x, w.shape, grad_large, **HOW)),
-                 note=f"no flip: {wrong:.1f}", also=wrong > 0.1)
+                 (large_by_autograd, conv2d_grad_weight(x, w.shape, grad_large, **GROUPED)),
+                 note=f"no flip: {wrong:.1f}", and_also=wrong > 0.1)
 
 
 @holds
 def conv_transpose():
     """The gradient of a convolution with respect to its input is a transposed convolution.
 
-    The course says yes. Stride 2 in the layer becomes a fractional stride in its gradient, and
-    output_padding gives back the row of pixels that the stride never reached."""
+    The course says yes. The gradients at the outputs are spread 2 pixels apart, with zeros between.
+    Inputs of 7 and of 8 pixels both give 4 outputs; output_padding=1 says that it was 8."""
     _, w, grad, by_autograd, _ = random_conv((2, 3, 8, 8), (4, 3, 3, 3), (2, 4, 4, 4),
                                              stride=2, padding=1)
     return equal((by_autograd, F.conv_transpose2d(grad, w, stride=2, padding=1, output_padding=1)))
@@ -454,8 +451,7 @@ def conv_transpose():
 def activation_jacobian():
     """Back through an elementwise activation is elementwise multiplication by its derivative.
 
-    The course says yes. Output y_i depends on x_i alone, so the Jacobian is diagonal. The check
-    takes tanh, whose derivative is 1 - tanh²."""
+    The course says yes. Output y_i depends on x_i only, so the Jacobian ∂y_i/∂x_j is diagonal."""
     x, grad = normal(6), normal(6)
     jacobian = jacrev(torch.tanh)(x)
     derivative = 1 - torch.tanh(x) ** 2
@@ -493,25 +489,18 @@ def attention_order():
     x, w, order = normal(6, 4), normal(3, 4, 4), torch.randperm(6)
     out, weights = self_attention(x, *w)
     return equal((self_attention(x[order], *w)[0], out[order]), (weights.sum(dim=1), 1),
-                 also=(weights >= 0).all())
+                 and_also=(weights >= 0).all())
 
 
-@holds
-def detector_shapes():
+row("detector-shapes",
     """YOLO v1 gives S x S x (5 B + C) = 7 x 7 x 30; an RPN 2k scores and 4k offsets per place.
 
     The course gives no shapes. YOLO (Redmon et al. 2016) has S = 7 cells a side, B = 2 boxes of x,
-    y, w, h and confidence, C = 20 classes. A region proposal network (Ren et al. 2015) has k = 3
-    scales x 3 shapes, one place for every 16 pixels of VGG-16. The check lists all boxes."""
-    in_a_cell = [(box, part) for box in range(2) for part in "xywhc"] + list(range(20))
-    numbers = list(itertools.product(range(7), range(7), in_a_cell))
-    stride = receptive_field(VGG_16[:-1])[1]
-    features = torch.zeros(1, 512, 608 // stride, 800 // stride)
-    scores, offsets = nn.Conv2d(512, 2 * 9, 1)(features), nn.Conv2d(512, 4 * 9, 1)(features)
-    anchors = len(list(itertools.product(range(608 // 16), range(800 // 16), range(3), range(3))))
-    measured = [len(numbers), scores.numel() / anchors, offsets.numel() / anchors]
-    return ("7 x 7 x 30 = 1470; 2; 4", " ".join(f"{m:g}" for m in measured),
-            measured == [7 * 7 * 30, 2, 4])
+    y, w, h and confidence, C = 20 classes. A region proposal network (RPN, Ren et al. 2015) has
+    k = 3 scales x 3 shapes. So far this is plain arithmetic. The fourth number, a place for every
+    16 pixels, is the stride of VGG-16 without its last pooling.""",
+    [1470, 18, 36, 16],
+    lambda: [7 * 7 * (5 * 2 + 20), 2 * 9, 4 * 9, receptive_field(VGG_16[:-1])[1]])
 
 
 # --- losses, activations -----------------------------------------------------------------------
@@ -528,8 +517,8 @@ def bce_vs_l2():
     """At p = 0.45 for label 1: squared error 0.3025, cross-entropy 0.7985.
 
     The course says yes (0.3 and 0.798). The reason to prefer cross-entropy is the gradient in the
-    logit a, p = σ(a): p - 1, against 2 (p - 1) p (1 - p) for the squared error. At a = -10, where
-    the network is sure and wrong, the second has vanished."""
+    logit a, the number with p = σ(a): p - 1, against 2 (p - 1) p (1 - p) for the squared error. At
+    a = -10, where the network is sure and wrong, the second has vanished."""
     p = double(0.45)
     l2, bce = ((p - 1) ** 2).item(), -p.log().item()
     slope_l2 = gradient(lambda a: (torch.sigmoid(a) - 1) ** 2, double(-10.0)).item()
@@ -545,7 +534,7 @@ def sigmoid_tanh():
     """Replacing sigmoid by tanh makes no difference to vanishing gradients.
 
     The course says "no significant difference". Both saturate, but max σ' = 1/4 and max tanh' = 1:
-    over 20 layers the largest possible factors differ by 4^20."""
+    over 20 layers with the same weights the largest possible factors differ by 4^20."""
     x = torch.linspace(-5, 5, 1001, dtype=torch.float64)  # 0 is among them
     sigmoid, tanh = (gradient(lambda x: f(x).sum(), x).max().item()
                      for f in (torch.sigmoid, torch.tanh))
@@ -569,11 +558,12 @@ def relu_vanish():
     """A ReLU network cannot have vanishing gradients.
 
     The course says that this is false, and it is: ReLU' = 1 does not help if the weights are small.
-    Weights of deviation √(2 / width) keep the gradient's size (He et al. 2015). The check divides
-    all of them by 7, so 20 layers divide the gradient by 7^20."""
+    Weights of standard deviation √(2 / width) keep the gradient's size (He et al. 2015). If all of
+    them are divided by 7, 20 layers without biases divide the gradient by exactly 7^20."""
     weights, x = (2 / 32) ** 0.5 * normal(20, 32, 32), normal(32)
     he, small = (deep_gradient(torch.relu, w, x) for w in (weights, weights / 7))
-    return "about as before", f"weights / 7: {small / he:.0e} of it", 0 < small / he < 1e-3
+    return ("about as before", f"weights / 7: {small / he:.0e} of it",
+            abs(small / he * 7 ** 20 - 1) <= 1e-8)
 
 
 @refuted
@@ -590,8 +580,8 @@ def relu_linear():
 def relu_dead():
     """ReLU units can die: zero output and zero gradient on all data.
 
-    The course says yes. One too long step of the bias is enough (here it is -50), and no gradient
-    ever brings the unit back."""
+    The course says yes. One step that moves the bias too far is enough (here it is -50). As long as
+    the inputs stay as they are, no gradient brings the unit back."""
     x, w, b = normal(1000, 4), normal(4), double(-50.0)
     output = torch.relu(x @ w + b)
     grads = gradient(lambda w, b: torch.relu(x @ w + b).sum(), w, b)
@@ -601,40 +591,40 @@ def relu_dead():
 row("depth-numbers",
     """Ten layers that each multiply by 0.5 or by 5: gradients 0.5^10 = 0.0009766, 5^10 = 9,765,625.
 
-    The course says yes: vanishing and exploding gradients in one line. Autograd computes them.""",
+    The course says yes: vanishing and exploding gradients in one line.""",
     [0.5 ** 10, 5 ** 10],
-    lambda: [gradient(lambda x: math.prod(10 * [factor]) * x, torch.tensor(1.0)).item()
+    lambda: [gradient(lambda x: math.prod(10 * [factor], start=x), torch.tensor(1.0)).item()
              for factor in (0.5, 5.0)])
 
 
 def dice_from_iou(iou):
-    """Dice = 2 IoU / (1 + IoU): with I = |A ∩ B| and U = |A ∪ B|, |A| + |B| = U + I. In [0, 1]."""
+    """Dice = 2 IoU / (1 + IoU), because |A| + |B| = |A ∩ B| + |A ∪ B|; iou in [0, 1]."""
     return 2 * iou / (1 + iou)
 
 
 @holds
 def iou_dice():
-    """Dice = 2 IoU / (1 + IoU), so Dice >= IoU, with equality at 0 and 1 alone.
+    """Dice = 2 IoU / (1 + IoU), so Dice >= IoU, with equality only at 0 and 1.
 
     The course says it in words. Both scores compare two masks A and B: IoU is |A ∩ B| / |A ∪ B|,
-    Dice is 2 |A ∩ B| / (|A| + |B|). The check counts in 1,000 pairs of random masks."""
-    a, b = torch.rand(2, 1000, 30, dtype=torch.float64) < torch.rand(2, 1000, 1)
+    Dice is 2 |A ∩ B| / (|A| + |B|)."""
+    a, b = torch.rand(2, 1000, 30) < torch.rand(2, 1000, 1)  # from nearly empty to nearly full
     both, either, sizes = (m.sum(dim=1).double() for m in (a & b, a | b, torch.cat([a, b], dim=1)))
     iou, dice = both / either.clamp(min=1), 2 * both / sizes.clamp(min=1)
     inside = (iou > 0) & (iou < 1)
     return equal((dice, dice_from_iou(iou)),
-                 also=torch.where(inside, dice > iou, dice == iou).all())
+                 and_also=torch.where(inside, dice > iou, dice == iou).all())
 
 
-@holds
-def label_constraints():
+row("label-constraints",
     """An ImageNet label gives 999 * 2 = 1998 strict inequalities.
 
-    The course says yes. It counts each inequality in both directions, s_label > s_j and s_j <
-    s_label. Only 999 are different statements, and they rank no two of the other classes."""
-    label = torch.randint(1000, ()).item()
-    ordered = [(i, j) for i, j in itertools.permutations(range(1000), 2) if label in (i, j)]
-    return agree(1998, len(ordered), note=f"{len(set(map(frozenset, ordered)))} differ")
+    The course says yes. It counts s_label > s_j and s_j < s_label: ordered pairs of classes with
+    the label (here 7) in them. Only 999 are different statements, one for each pair without order,
+    and they rank no two of the other classes.""",
+    [1998, 999],
+    lambda: [sum(7 in pair for pair in pairs(range(1000), 2))
+             for pairs in (itertools.permutations, itertools.combinations)])
 
 
 # --- optimisation ------------------------------------------------------------------------------
@@ -648,7 +638,8 @@ topic("optimisation", """
 
 
 def mlp_loss(x, y, w1, b1, w2, b2, lam):
-    """mean cross-entropy of relu(x W1ᵀ + b1) W2ᵀ + b2 and labels y, + λ/2 (‖W1‖² + ‖W2‖²). nats."""
+    """Mean cross-entropy (nats) of relu(x W1ᵀ + b1) W2ᵀ + b2 with labels y, plus λ/2 (‖W1‖² +
+    ‖W2‖²), where ‖W‖² is the sum of all squared entries."""
     h = torch.relu(x @ w1.T + b1)
     return F.cross_entropy(h @ w2.T + b2, y) + lam / 2 * (w1.pow(2).sum() + w2.pow(2).sum())
 
@@ -657,6 +648,8 @@ def mlp_grads(x, y, w1, b1, w2, b2, lam):
     """Gradients of mlp_loss by hand: a dict of W1, b1, W2, b2, x, each shaped like its argument.
 
     x [B, d], y int64 [B] in 0..K-1, w1 [H, d], b1 [H], w2 [K, H], b2 [K].
+    a1 = x W1ᵀ + b1, h = relu(a1), a2 = h W2ᵀ + b2. ∂a is short for ∂loss/∂a, ⊙ multiplies entry by
+    entry, and [a1 > 0] is 1 where that is true and 0 elsewhere.
     ∂a2 = (softmax(a2) - onehot(y)) / B,  ∂W2 = ∂a2ᵀ h + λ W2,  ∂b2 = Σ_B ∂a2,
     ∂a1 = (∂a2 W2) ⊙ [a1 > 0],  ∂W1 = ∂a1ᵀ x + λ W1,  ∂b1 = Σ_B ∂a1,  ∂x = ∂a1 W1."""
     a1 = x @ w1.T + b1
@@ -668,21 +661,15 @@ def mlp_grads(x, y, w1, b1, w2, b2, lam):
             "W2": d_a2.T @ h + lam * w2, "b2": d_a2.sum(dim=0), "x": d_a1 @ w1}
 
 
-def random_mlp():
-    """x, y, w1, b1, w2, b2 for the two checks below."""
-    return (normal(6, 5), torch.randint(3, (6,)), normal(4, 5), normal(4), normal(3, 4), normal(3))
-
-
 @refuted
 def mlp_grads_():
     """The regulariser λ/2 ‖W‖_F² has the gradient λ ‖W‖_F.
 
-    The course wrote it so. The gradient is λ W, an entry for each weight and not one number. The
-    check takes the data's part of the gradient away and compares what is left with both."""
-    x, y, w1, b1, w2, b2 = random_mlp()
-    right = gradient(lambda w: mlp_loss(x, y, w1, b1, w, b2, 0.1), w2)
-    rest = right - mlp_grads(x, y, w1, b1, w2, b2, lam=0)["W2"]
-    as_number, as_matrix = ((rest - r).abs().max().item() for r in (0.1 * w2.norm(), 0.1 * w2))
+    The course wrote it so. The gradient is λ W, which has an entry for each weight. ‖W‖_F, the root
+    of the sum of all squared entries, is one number."""
+    w, lam = normal(3, 4), 0.1
+    right = gradient(lambda w: lam / 2 * w.pow(2).sum(), w)
+    as_number, as_matrix = ((right - r).abs().max().item() for r in (lam * w.norm(), lam * w))
     return ("difference 0", f"{as_number:.2f} (with λ W: {as_matrix:.0e})",
             as_matrix <= ROUNDING < as_number)
 
@@ -692,10 +679,11 @@ def mlp_backprop():
     """The gradients of a two-layer network with cross-entropy and λ/2 ‖W‖², written out.
 
     mlp_grads has the formulas for W1, b1, W2, b2 and x, with λ W. They must agree with autograd."""
-    x, y, *parameters = random_mlp()
-    grads = gradient(lambda x, *p: mlp_loss(x, y, *p, 0.1), x, *parameters)
+    x, y = normal(6, 5), torch.randint(3, (6,))
+    parameters = normal(4, 5), normal(4), normal(3, 4), normal(3)  # W1, b1, W2, b2
+    by_autograd = gradient(lambda x, *p: mlp_loss(x, y, *p, 0.1), x, *parameters)
     by_hand = mlp_grads(x, y, *parameters, lam=0.1)
-    return equal(*zip(grads, (by_hand[name] for name in ("x", "W1", "b1", "W2", "b2"))))
+    return equal(*zip(by_autograd, (by_hand[name] for name in ("x", "W1", "b1", "W2", "b2"))))
 
 
 def numeric_grad(f, x, eps=6e-6):
@@ -716,11 +704,13 @@ def difference_errors(x, powers):
     def f(x):
         return x.sin().exp()
 
-    exact, errors = x.cos() * f(x), []
+    exact = x.cos() * f(x)
+    errors = []
     for eps in (10.0 ** p for p in powers):
-        forward, central = (f(x + eps) - f(x)) / eps, (f(x + eps) - f(x - eps)) / (2 * eps)
+        forward = (f(x + eps) - f(x)) / eps
+        central = (f(x + eps) - f(x - eps)) / (2 * eps)
         errors.append([(d - exact).abs().mean().item() for d in (forward, central)])
-    return torch.tensor(errors)
+    return torch.tensor(errors)  # [powers, 2]
 
 
 @holds
@@ -740,7 +730,6 @@ def numeric_grad_():
 
 @figure("finite_difference", "Finite differences of exp(sin x), float64")
 def draw_finite_difference(ax):
-    """Error of finite differences in eps: a U for both, with its lowest point elsewhere."""
     powers = [-12 + 0.1 * i for i in range(121)]
     errors = difference_errors(torch.linspace(-2, 2, 51, dtype=torch.float64), powers)
     for error, name, root in zip(errors.T, ("forward", "central"), (2, 3)):
@@ -754,7 +743,7 @@ def draw_finite_difference(ax):
 def sgd_steps():
     """SGD makes one step per sample in every epoch.
 
-    The course says yes. But with batches of B it makes ⌈N / B⌉: one per sample only for B = 1."""
+    The course says yes. But with batches of B it makes N / B steps, rounded up: N only if B = 1."""
     n, b = 1000, 64
     steps = len(torch.arange(n).split(b))
     return f"{n} steps", f"{steps} steps", steps == 16
@@ -773,12 +762,13 @@ def sgd_unbiased():
     """The mini-batch gradient is unbiased; its variance is σ²/B, times (N - B)/(N - 1) if drawn
     without replacement.
 
-    The course says yes. The check lists all batches of B = 1, 2, 3 out of N = 6 samples, for both
-    ways of drawing; σ² is the variance of the samples' gradients of a least-squares loss."""
+    The course says yes. σ² is the variance of the gradients of single samples, for each weight. The
+    check lists all batches of B = 1, 2, 3 out of N = 6 samples, for both ways of drawing."""
     x, y, w = normal(6, 3), normal(6), normal(3)
     per_sample = torch.stack([gradient(lambda w: (xi @ w - yi) ** 2, w) for xi, yi in zip(x, y)])
     full = gradient(lambda w: ((x @ w - y) ** 2).mean(), w)
-    variance, pairs = per_sample.var(dim=0, correction=0), []
+    variance = per_sample.var(dim=0, correction=0)
+    pairs = []
     for b, replace in itertools.product((1, 2, 3), (True, False)):
         batches = batch_gradients(per_sample, b, replace)
         pairs += [(batches.mean(dim=0), full),
@@ -793,7 +783,7 @@ def sgd_below_gd():
 
     The course says that this is false, and it is: there is only one batch of all samples, so the
     full gradient has no sampling variance at all."""
-    per_sample = normal(6, 3)
+    per_sample = normal(6, 3)  # random numbers in place of gradients: the values do not matter
     sgd, gd = (batch_gradients(per_sample, b, replace=False).var(dim=0, correction=0).sum().item()
                for b in (2, 6))
     return "SGD < GD", f"{sgd:.3f} > {gd:.3f}", sgd > gd == 0
@@ -802,13 +792,14 @@ def sgd_below_gd():
 def steps_to(target, batch, rates, limit=2000):
     """Fewest SGD steps to loss <= target on least squares with noise, over all `rates`.
 
-    y = x.w* + noise, x of 10 coordinates with variances 1 to 0.1, noise 0.5; the excess loss is the
-    mean of 200 independent runs for each rate, all at once. A divergent rate never gets there."""
-    variance = torch.logspace(0, -1, 10, dtype=torch.float64)
-    error = torch.ones(len(rates), 200, 10, dtype=torch.float64)  # w - w*
+    y = x.w* + noise; x has 10 coordinates with variances from 1 to 0.1, the noise has the standard
+    deviation 0.5. The loss, less its lowest possible value, is the mean of 200 independent runs for
+    each rate, all at once. A divergent rate never gets there."""
+    variance = torch.logspace(0, -1, 10, dtype=torch.float64)     # [10]
+    error = torch.ones(len(rates), 200, 10, dtype=torch.float64)  # w - w*: [rates, runs, 10]
     rates = torch.tensor(rates, dtype=torch.float64)[:, None, None]
     for step in range(1, limit + 1):
-        x = normal(200, batch, 10) * variance.sqrt()
+        x = normal(200, batch, 10) * variance.sqrt()              # [runs, batch, 10]
         residual = torch.einsum("sbd,rsd->rsb", x, error) - 0.5 * normal(200, batch)
         error -= rates * torch.einsum("rsb,sbd->rsd", residual, x) / batch
         if ((error ** 2 * variance).sum(dim=2).mean(dim=1) / 2).min() <= target:
@@ -820,8 +811,9 @@ def steps_to(target, batch, rates, limit=2000):
 def batch_doubling():
     """Twice the batch: fewer iterations to the same loss, about half as many while noise rules.
 
-    The course says "decrease", which is right. Each batch size gets its best rate. As long as noise
-    bounds that rate, doubling halves the steps; then curvature does, and it gains little."""
+    The course says "decrease", which is right. Each batch size gets its best rate. While noise
+    limits the rate, doubling the batch halves the steps. Later the curvature limits it, and
+    doubling gains little."""
     rates = [0.02 * 1.3 ** i for i in range(16)]
     a, b, c, d = (steps_to(0.01, batch, rates) for batch in (4, 8, 128, 256))
     return ("fewer, ratio 0.5 -> 1", f"4, 8: {a}, {b} steps; 128, 256: {c}, {d}",
@@ -832,18 +824,16 @@ def batch_doubling():
 def gd_global():
     """Gradient descent reaches the global minimum, SGD a local one.
 
-    The course says that this is false, and it is. The double well (x² - 1)² + 0.3 x has its lower
-    well on the left; gradient descent from 1.5 ends in the one on the right."""
+    The course says that this is false, and it is. The double well f(x) = (x² - 1)² + 0.3 x has its
+    lower well on the left: f(-1) = -0.3. Gradient descent from 1.5 ends in the one on the right."""
     def f(x):
         return (x ** 2 - 1) ** 2 + 0.3 * x
 
     x = double(1.5)
     for _ in range(300):
         x = x - 0.02 * gradient(f, x)
-    lowest = f(torch.linspace(-2, 2, 40_001, dtype=torch.float64)).min().item()
-    reached = f(x).item()
-    return (f"{lowest:.6g} at its lowest", f"{reached:.6g} at its lowest",
-            x.item() > 0 and reached > lowest + 0.1)
+    reached, left = f(x).item(), f(-1.0)
+    return f"{left:g} or lower", f"{reached:.3g}, at x = {x.item():.2f}", reached > left + 0.1
 
 
 @refuted
@@ -851,11 +841,12 @@ def newton_ravine():
     """Momentum beats Newton in a narrow ravine.
 
     The course says yes. But on a quadratic, however narrow, Newton needs one step. Momentum with
-    its best settings (Polyak 1964) needs about √κ log(1/ε) steps to an error ε, if the curvatures
-    differ by κ; here κ = 1000."""
+    its best settings (Polyak 1964) needs a number of steps that grows like √κ log(1/ε) for an error
+    ε, if the curvatures differ by a factor κ; here κ = 1000."""
     h, start = double([1.0, 1000.0]), double([1.0, 1.0])  # f = Σ h x² / 2
-    low, high = h.sqrt()
-    momentum, rate = ((high - low) / (high + low)) ** 2, 4 / (high + low) ** 2
+    root_low, root_high = h.sqrt()
+    momentum = ((root_high - root_low) / (root_high + root_low)) ** 2
+    rate = 4 / (root_high + root_low) ** 2
     x, v, steps = start, 0 * start, 0
     while x.norm() > 1e-6:
         v = momentum * v - rate * h * x
@@ -866,7 +857,7 @@ def newton_ravine():
 
 
 def ridge(x, y, lam):
-    """argmin_w ‖x w - y‖² + λ ‖w‖² = (xᵀx + λ)⁻¹ xᵀy."""
+    """argmin_w ‖x w - y‖² + λ ‖w‖² = (xᵀx + λI)⁻¹ xᵀy."""
     return torch.linalg.solve(x.T @ x + lam * torch.eye(x.shape[1]).to(x), x.T @ y)
 
 
@@ -875,22 +866,25 @@ def bilevel():
     """The inner problem of a bilevel problem must be solved by gradient descent.
 
     The course asked, without an answer. Outer problem: the best λ of ridge regression for held-out
-    data; inner problem: its weights w, in closed form. From xᵀ(x w - y) + λ w = 0 follows dw/dλ =
-    -(xᵀx + λ)⁻¹ w, so the outer gradient is exact, as central differences confirm."""
+    data; inner problem: its weights w, in closed form. They solve it if xᵀ(x w - y) + λ w = 0, and
+    then dw/dλ = -(xᵀx + λI)⁻¹ w. So the outer gradient is exact, as central differences confirm."""
     x, y, held_x, held_y = normal(20, 4), normal(20), normal(10, 4), normal(10)
     lam = double(0.7)
     w = ridge(x, y, lam)
+    inner = gradient(lambda w: ((x @ w - y) ** 2).sum() + lam * (w ** 2).sum(), w).norm()
+    solved = (inner <= ROUNDING * (x.T @ y).norm()).item()
     dw = -torch.linalg.solve(x.T @ x + lam * torch.eye(4).to(x), w)
     exact = 2 * (held_x @ w - held_y) @ (held_x @ dw)
     measured = numeric_grad(lambda lam: ((held_x @ ridge(x, y, lam) - held_y) ** 2).sum(), lam)
     error = abs((exact - measured) / exact).item()
-    return "no exact gradient else", f"exact: relative error {error:.0e}", error <= 1e-5
+    return ("no exact gradient otherwise", f"exact: relative error {error:.0e}",
+            solved and error <= 1e-5)
 
 
 def rnn(inputs, w_x, w_h, truncate=None):
-    """States h_t = tanh(W_x x_t + W_h h_{t-1}), t = 1..T, inputs [T, d]; returns the last one.
+    """States h_t = tanh(W_x x_t + W_h h_{t-1}), h_{-1} = 0, t = 0..T-1; returns the last one, [H].
 
-    truncate = S: the gradient of the last state flows through the last S steps alone."""
+    inputs [T, d]. truncate = S: the last state's gradient flows through the last S steps only."""
     h = torch.zeros(len(w_h)).to(inputs)
     for t, x in enumerate(inputs):
         if truncate is not None and t == len(inputs) - truncate:
@@ -903,12 +897,12 @@ def rnn(inputs, w_x, w_h, truncate=None):
 def tbptt():
     """Truncating backpropagation through time at S steps cuts the gradient, and only the gradient.
 
-    The course has three such statements and answers false, false, true. The states stay the same;
-    the gradient of the last one is zero for inputs more than S steps back, else unchanged."""
+    The states stay the same. The gradient of the last one becomes zero for inputs more than S steps
+    back, where it was not, and stays the same for the others. The last input is 1 step back."""
     x, w_x, w_h, s = normal(12, 3), normal(4, 3), normal(4, 4) / 2, 5
     full, cut = (gradient(lambda x: rnn(x, w_x, w_h, truncate).sum(), x) for truncate in (None, s))
     return equal((rnn(x, w_x, w_h), rnn(x, w_x, w_h, s)), (cut[-s:], full[-s:]),
-                 (cut[:-s], 0))
+                 (cut[:-s], 0), and_also=(full[:-s] != 0).any())
 
 
 @refuted
@@ -916,12 +910,12 @@ def tbptt_reach():
     """With truncation at S steps the network can only use relations at most S steps apart.
 
     This is right for the gradient and wrong for the state. With S = 5 the last state still moves
-    with the first input, which is 12 steps back."""
-    x, w_x, w_h = normal(12, 3), normal(4, 3), normal(4, 4) / 2
+    with the first input, 12 steps back: W_h = I and small inputs make a network that remembers."""
+    x, w_x, w_h = normal(12, 3) / 10, normal(4, 3), torch.eye(4, dtype=torch.float64)
     other = x.clone()
     other[0] += 1
     moved = (rnn(other, w_x, w_h, 5) - rnn(x, w_x, w_h, 5)).norm().item()
-    return "state moves by 0", f"by {moved:.0e}", moved > 0
+    return "state moves by 0", f"by {moved:.2g}", moved > ROUNDING
 
 
 def moments(z):
@@ -932,10 +926,13 @@ def moments(z):
 
 
 def moment_training(optimiser, rate, zeroed, steps):
-    """Losses of a linear map trained to codes with moments (0, 1, 3), gradients zeroed or not."""
+    """Losses of a linear map in training; its outputs shall have mean 0, variance 1, kurtosis 3.
+
+    zeroed: whether the gradients are set to zero before each step."""
     x, w, b = 2 * torch.rand(256, 8), torch.randn(8, 4) / 8 ** 0.5, torch.zeros(4)
     w, b = (p.double().requires_grad_() for p in (w, b))
-    opt, losses = optimiser([w, b], lr=rate), []
+    opt = optimiser([w, b], lr=rate)
+    losses = []
     for _ in range(steps):
         mean, variance, kurtosis = moments(x.double() @ w + b)
         loss = (mean ** 2 + (variance - 1) ** 2 + (kurtosis - 3) ** 2).mean() / 3
@@ -951,12 +948,10 @@ def moment_training(optimiser, rate, zeroed, steps):
 def grad_accumulate():
     """With Adam, not zeroing the gradients makes the loss grow without bound.
 
-    The course saw it with the moment loss of chapter 06. Each step uses the sum of all gradients so
-    far, which Adam scales to a step of full length. The loss must be highest in the second half of
-    300 steps, at over 5 times its start; with zeroed gradients it must fall under 0.1."""
-    state = torch.get_rng_state()
+    The course saw it with this loss. Each step uses the sum of all gradients so far, which Adam
+    scales to a step of full length. The check sees 300 steps: the loss must be highest in their
+    second half, above 5 times its first value. With zeroed gradients it must fall under 0.1."""
     zeroed = moment_training(torch.optim.Adam, 0.01, True, 300)
-    torch.set_rng_state(state)  # the same data and start
     summed = double(moment_training(torch.optim.Adam, 0.01, False, 300))
     first, early, late = (part.max().item() for part in (summed[0], summed[:150], summed[150:]))
     return ("grows", f"{first:.2g}, {early:.2g}, {late:.2g} (zeroed: {zeroed[-1]:.0e})",
@@ -965,42 +960,42 @@ def grad_accumulate():
 
 @refuted
 def grad_accumulate_sgd():
-    """With plain gradient descent, too, not zeroing gradients makes the loss grow without bound.
+    """Not zeroing the gradients makes the loss grow without bound with plain gradient descent, too.
 
-    The sum of all gradients is momentum 1: v += g, x -= η v swings for ever, like a ball without
-    friction, and keeps its energy. The loss does not grow in 1,000 steps of rate 0.5."""
+    Using the sum of all gradients is momentum with factor 1. The weights swing like a ball without
+    friction, unless the rate is above 4 / curvature. At rate 0.5 the loss does not grow here."""
     losses = double(moment_training(torch.optim.SGD, 0.5, False, 1000))
     first, early, late = (part.max().item() for part in (losses[0], losses[:300], losses[700:]))
     return ("grows", f"{first:.2g}, {early:.2g}, {late:.2g}: swings", late <= 2 * early < math.inf)
+
+
+# A variable with these three values and probabilities has a normal's first five moments, so E f
+# is a sum of few terms, and the same as a normal's for polynomials f up to order five.
+THREE_POINTS = (-3 ** 0.5, 0.0, 3 ** 0.5)
+THREE_WEIGHTS = (1 / 6, 2 / 3, 1 / 6)
 
 
 @holds
 def grad_norm_noise():
     """Noise of variance s² on D's input is a gradient penalty, to second order in s.
 
-    The course says that it read this. E L(D(x + e)) - L(D(x)) = s²/2 tr ∇²L(D(x)) + O(s⁴) (Bishop
-    1995); for a squared error of 0 the trace is 2 ‖∇D‖². The rest must fall by 16 when s halves,
-    for that loss and for softplus(-D). Each coordinate of the noise e takes only three values."""
+    The course quotes this (Bishop 1995). It is right where the squared error is 0. There the noise
+    e makes it E (D(x + e) - D(x))² = s² ‖∇D(x)‖² + O(s⁴), and what is left must fall by 16 when s
+    halves. Elsewhere the noise adds s²/2 (L'' ‖∇D‖² + L' ΔD) to a loss L(D). The second term, with
+    ΔD the sum of all ∂²D/∂x_i², is no gradient penalty."""
     w, v, x = normal(5, 2), normal(5), normal(2)
 
-    def D(e):
-        return torch.tanh((x + e) @ w.T) @ v
+    def D(x):
+        return torch.tanh(x @ w.T) @ v
 
-    zero = torch.zeros_like(x)
-    squared, softplus = (lambda e: (D(e) - D(zero)) ** 2), (lambda e: F.softplus(-D(e)))
-    noise = double(list(itertools.product(THREE_POINTS, repeat=2)))
+    e = double(list(itertools.product(THREE_POINTS, repeat=2)))  # [9, 2], for s = 1
     probability = double(list(itertools.product(THREE_WEIGHTS, repeat=2))).prod(dim=1)
-    traces = [2 * gradient(D, zero).pow(2).sum(),
-              torch.autograd.functional.hessian(softplus, zero).trace()]
-    ratios, confirmed = [], True
-    for loss, trace in zip((squared, softplus), traces):
-        coarse, fine = ((probability @ loss(s * noise) - loss(zero) - s ** 2 / 2 * trace).item()
-                        for s in (0.004, 0.002))
-        ratios.append(coarse / fine)
-        # where the term of s⁴ happens to be nearly 0, what is left is smaller than s⁴
-        confirmed = confirmed and abs(coarse - 16 * fine) <= 0.8 * max(abs(fine), 0.002 ** 4)
-    return ("16 times less", " and ".join(f"{ratio:.6g}" for ratio in ratios) + " times less",
-            confirmed)
+    penalty = gradient(D, x).pow(2).sum()
+    coarse, fine = ((probability @ (D(x + s * e) - D(x)) ** 2 - s ** 2 * penalty).item()
+                    for s in (0.004, 0.002))
+    # where the term of s⁴ happens to be nearly 0, what is left is smaller than s⁴
+    return ("16 times less", f"{coarse / fine:.6g} times less",
+            abs(coarse - 16 * fine) <= 0.8 * max(abs(fine), 0.002 ** 4))
 
 
 # --- flows and autoencoders --------------------------------------------------------------------
@@ -1016,10 +1011,11 @@ def coupling_log_prob(x, layers):
     """log p(x) = log N(z; 0, I) + log |det ∂z/∂x|, z = M⁻¹(x), in nats, for x [B, d]: [B].
 
     layers of M from z to x: (mask, scale, shift), mask a 0/1 tensor [d], scale and shift functions
-    [B, d] -> [B, d] of the coordinates that the mask b keeps (Dinh et al. 2017, section 3):
-    x = b z + (1 - b)(z exp(scale(b z)) + shift(b z)); log |det ∂z/∂x| = -Σ (1 - b) scale(b x)."""
+    [B, d] -> [B, d] of the coordinates that the mask keeps (Dinh et al. 2017, section 3):
+    x = mask z + (1 - mask)(z exp(scale(mask z)) + shift(mask z)),
+    log |det ∂z/∂x| = -Σ (1 - mask) scale(mask x)."""
     log_det = 0
-    for mask, scale, shift in reversed(layers):
+    for mask, scale, shift in reversed(layers):  # one layer back: from x towards z
         kept = mask * x
         s = (1 - mask) * scale(kept)
         x = kept + (1 - mask) * (x - shift(kept)) * (-s).exp()
@@ -1033,16 +1029,15 @@ def random_coupling(d, depth):
         w, b = normal(d, d) / d ** 0.5, 0.5 * normal(d)
         return lambda x: torch.tanh(x @ w.T + b) / 2
 
-    even = (torch.arange(d) % 2 == 0).double()
-    return [(even if i % 2 else 1 - even, net(), net()) for i in range(depth)]
+    return [((torch.arange(d) + i) % 2, net(), net()) for i in range(depth)]
 
 
 @holds
 def change_of_variables():
     """log p(x) = log p_z(M⁻¹(x)) + log |det ∂M⁻¹/∂x| for a stack of invertible maps.
 
-    The course says yes. M is four coupling layers in the plane, each with a triangular Jacobian, so
-    the log determinant is a sum. It must agree with autograd, and p must integrate to 1."""
+    The course says yes. M is four coupling layers in the plane. The Jacobian of each is triangular,
+    so its log determinant is a sum. The density is summed over a square in cells of 0.1 x 0.1."""
     layers = random_coupling(2, 4)
 
     def M(z):
@@ -1056,8 +1051,8 @@ def change_of_variables():
     difference = (coupling_log_prob(M(z), layers) - by_autograd).abs().max()
     line = torch.linspace(-20, 20, 401, dtype=torch.float64)
     p = coupling_log_prob(torch.cartesian_prod(line, line), layers).exp()
-    return agree(1, p.sum().item() * (line[1] - line[0]).item() ** 2, "in all", tolerance=1e-6,
-                 also=difference <= ROUNDING)
+    return agree(1, p.sum().item() * 0.1 ** 2, "in all", tolerance=1e-6,
+                 and_also=difference <= ROUNDING)
 
 
 @holds
@@ -1065,8 +1060,8 @@ def glo_no_prior():
     """In GLO, where each picture has its own learned code, G(z) of a normal z is no sample.
 
     The course says yes. Nothing ties the codes to a distribution (Bojanowski et al. 2018 fit a
-    Gaussian to them afterwards). After 400 steps on 512 points of a ring of 8 modes, the check
-    counts how many of G's points lie within 3 standard deviations of a mode."""
+    Gaussian to them afterwards). Here the pictures are 512 points of a ring of 8 modes. After 400
+    steps the check measures how many of G's points lie within 3 standard deviations of a mode."""
     centres = common.ring()
     x = common.gaussian_mixture(centres, 0.05, 512)
     G = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -1084,7 +1079,9 @@ def glo_no_prior():
 
 
 def kl_standard_normal(mu, sigma):
-    """KL(N(mu, Σ) ‖ N(0, I)) = (tr Σ + ‖mu‖² - d - log det Σ) / 2, nats; mu [d], sigma [d, d]."""
+    """KL(N(mu, Σ) ‖ N(0, I)) = (tr Σ + ‖mu‖² - d - log det Σ) / 2, nats; mu [d], sigma [d, d].
+
+    KL(q ‖ p) is E_q (log q - log p). tr, the trace, is the sum of the diagonal."""
     return (sigma.trace() + mu @ mu - len(mu) - torch.logdet(sigma)) / 2
 
 
@@ -1103,17 +1100,17 @@ def random_covariance(d):
 def linear_vae():
     """p(z) = N(0, I), p(x given z) = N(w z, v I): returns x, w, v and the exact posterior of z.
 
-    Σ = (I + wᵀw / v)⁻¹, mu = Σ wᵀx / v."""
+    The posterior p(z given x) is N(mu, Σ): Σ = (I + wᵀw / v)⁻¹, mu = Σ wᵀx / v."""
     w, v = normal(5, 2), 0.3
     x = w @ normal(2) + v ** 0.5 * normal(5)
-    sigma = torch.linalg.inv(torch.eye(2).to(w) + w.T @ w / v)
-    return x, w, v, sigma @ w.T @ x / v, sigma
+    cov = torch.linalg.inv(torch.eye(2).to(w) + w.T @ w / v)
+    return x, w, v, cov @ w.T @ x / v, cov
 
 
-def linear_elbo(x, w, v, mu, sigma):
+def linear_elbo(x, w, v, mu, cov):
     """E_q log p(x given z) - KL(q ‖ p(z)), q = N(mu, Σ), of the linear VAE; closed form, nats."""
-    fit = ((x - w @ mu) ** 2).sum() + (w @ sigma @ w.T).trace()
-    return -(fit / v + len(x) * math.log(2 * math.pi * v)) / 2 - kl_standard_normal(mu, sigma)
+    fit = ((x - w @ mu) ** 2).sum() + (w @ cov @ w.T).trace()  # E_q ‖x - w z‖²
+    return -(fit / v + len(x) * math.log(2 * math.pi * v)) / 2 - kl_standard_normal(mu, cov)
 
 
 @holds
@@ -1121,11 +1118,10 @@ def vae_elbo():
     """A VAE minimises an upper bound of -log p(x), which is reached at the true posterior.
 
     The course says so in words. The bound is -ELBO, and log p(x) - ELBO = KL(q ‖ p(z given x)) >= 0
-    (Kingma, Welling 2014, eqs. 1 to 3). In a linear VAE both sides are in closed form; the check
-    takes 100 random q's, and the posterior."""
-    x, w, v, mu, sigma = linear_vae()
+    (Kingma, Welling 2014, eqs. 1 to 3). In a linear VAE both sides are in closed form."""
+    x, w, v, mu, cov = linear_vae()
     log_p = log_normal(x, torch.zeros_like(x), w @ w.T + v * torch.eye(5).to(w))
-    at_posterior = (log_p - linear_elbo(x, w, v, mu, sigma)).item()
+    at_posterior = (log_p - linear_elbo(x, w, v, mu, cov)).item()
     gaps = [(log_p - linear_elbo(x, w, v, mu + normal(2), random_covariance(2))).item()
             for _ in range(100)]
     return ("gap > 0; 0 at posterior",
@@ -1138,12 +1134,11 @@ def vae_posterior():
     """q(z given x) is N(0, I), and encoding a picture twice gives the same picture.
 
     The course asked, without an answer. Both are wrong. N(0, I) is the prior: what z is before x is
-    seen. And z is drawn, so the same x twice gives two z and two pictures. The check takes the
-    exact posterior of a linear VAE."""
-    x, w, v, mu, sigma = linear_vae()
-    root = torch.linalg.cholesky(sigma)
+    seen. And z is drawn, so the same x twice gives two z and two pictures."""
+    x, w, v, mu, cov = linear_vae()  # q is the exact posterior
+    root = torch.linalg.cholesky(cov)
     one, two = (w @ (mu + root @ normal(2)) for _ in range(2))
-    kl, apart = kl_standard_normal(mu, sigma).item(), (one - two).norm().item()
+    kl, apart = kl_standard_normal(mu, cov).item(), (one - two).norm().item()
     return ("KL 0, pictures 0 apart", f"KL {kl:.2f} nats, {apart:.2f} apart",
             kl > ROUNDING and apart > ROUNDING)
 
@@ -1153,13 +1148,14 @@ def kl_closed_form():
     """KL(N(mu, Σ) ‖ N(0, I)) = (tr Σ + ‖mu‖² - d - log det Σ) / 2.
 
     The course says yes; its loss leaves the 1/2 out and so takes twice the KL. The other side is
-    the mean of log q - log p at mu ± √d (column of Σ^½): exact, as both logs are quadratic."""
-    mu, sigma = normal(3), random_covariance(3)
-    columns = 3 ** 0.5 * torch.linalg.cholesky(sigma).T
+    the mean of log q - log p, q = N(mu, Σ). Both logs are quadratic, so the mean over the 2d points
+    mu ± √d L_i is exact (L_i: column i of the Cholesky factor)."""
+    mu, cov = normal(3), random_covariance(3)
+    steps = 3 ** 0.5 * torch.linalg.cholesky(cov).T  # row i is √d L_i
     zero, one = torch.zeros_like(mu), torch.eye(3).to(mu)
-    mean = sum(log_normal(z, mu, sigma) - log_normal(z, zero, one)
-               for z in torch.cat([mu + columns, mu - columns])) / 6
-    return agree(mean.item(), kl_standard_normal(mu, sigma).item(), "nats")
+    mean = sum(log_normal(z, mu, cov) - log_normal(z, zero, one)
+               for z in torch.cat([mu + steps, mu - steps])) / 6
+    return agree(mean.item(), kl_standard_normal(mu, cov).item(), "nats")
 
 
 # --- GANs --------------------------------------------------------------------------------------
@@ -1174,7 +1170,7 @@ topic("GANs", """
 
 def jensen_shannon(p, q):
     """JSD = KL(p ‖ m)/2 + KL(q ‖ m)/2, m = (p + q)/2; nats, 0 to log 2; p, q [n] sum to 1."""
-    m = (p + q) / 2
+    m = (p + q) / 2  # xlogy(a, b) is a log b, and 0 where a is 0
     return (torch.special.xlogy(p, p) + torch.special.xlogy(q, q)
             - torch.special.xlogy(2 * m, m)).sum() / 2
 
@@ -1195,16 +1191,16 @@ def optimal_d():
     value = gan_value(best, p, q)
     others = torch.stack([gan_value(torch.rand(6, dtype=torch.float64), p, q) for _ in range(100)])
     return equal((value, 2 * jensen_shannon(p, q) - math.log(4)),
-                 (gradient(lambda D: gan_value(D, p, q), best), 0), also=(others < value).all())
+                 (gradient(lambda D: gan_value(D, p, q), best), 0), and_also=(others < value).all())
 
 
 @refuted
 def perfect_d():
     """At p = q, with a perfect D, more training still improves G.
 
-    It does not (Goodfellow et al. 2014, prop. 1). D* is 1/2 everywhere, so V does not depend on q
-    to first order, and the gradient for the logits of q is zero. For p ≠ q it is not."""
-    logits, other = normal(6), normal(6)
+    It does not (Goodfellow et al. 2014, prop. 1). D* is 1/2 everywhere. With this D, V is -log 4
+    for every q, so its gradient for G is zero. For p ≠ q it is not."""
+    logits, other = normal(6), normal(6)  # the logits of q stand for G's weights
 
     def grad_g(p):
         D = p / (p + logits.softmax(0))
@@ -1242,12 +1238,11 @@ def generator_slopes(a):
 def saturation_low():
     """As D(G(z)) -> 0 the minimax generator's gradient vanishes, the non-saturating one does not.
 
-    The course says yes. In the logit a the two are -σ(a) and -(1 - σ(a)). The check takes a = -20,
-    where D(G(z)) = 2e-9."""
+    The course says yes. In the logit a, which is -20 here, the two are -σ(a) and -(1 - σ(a))."""
     minimax, nonsaturating = (slope.item() for slope in generator_slopes(double(-20.0)))
-    sigma = 1 / (1 + math.exp(20))
-    return (f"{-sigma:.0e}, {-(1 - sigma):.4f}", f"{minimax:.0e}, {nonsaturating:.4f}",
-            abs(minimax + sigma) < 1e-15 and abs(nonsaturating + 1 - sigma) < ROUNDING)
+    D = 1 / (1 + math.exp(20))
+    return (f"{-D:.0e}, {-(1 - D):.4f}", f"{minimax:.0e}, {nonsaturating:.4f}",
+            abs(minimax + D) < 1e-15 and abs(nonsaturating + 1 - D) < ROUNDING)
 
 
 @refuted
@@ -1264,14 +1259,13 @@ def saturation_high():
 
 @figure("saturation", "Which gradient reaches G?", panels=2)
 def draw_saturation(in_logit, in_output):
-    """The generator's gradient against D(G(z)), in the logit and with respect to D's output."""
     a = torch.linspace(-6, 6, 200, dtype=torch.float64)
     D = torch.sigmoid(a)
     for name, slope in zip(("minimax: log(1 - D)", "non-saturating: -log D"), generator_slopes(a)):
         in_logit.plot(D, slope, label=name)
         in_output.plot(D, slope / (D * (1 - D)), label=name)  # undo the sigmoid's slope
-    in_logit.set(title="in the logit a: what G gets", xlabel="D(G(z))", ylabel="d loss / d a")
-    in_output.set(title="in the output D: explodes at 0 or 1", xlabel="D(G(z))",
+    in_logit.set(title="in a: the gradient that reaches G", xlabel="D(G(z))", ylabel="d loss / d a")
+    in_output.set(title="in D: explodes at 0 or 1", xlabel="D(G(z))",
                   ylabel="d loss / d D", ylim=(-20, 0))
 
 
@@ -1284,8 +1278,9 @@ def binary_entropy(p):
 def smoothing_floor():
     """With real label 0.9 D's loss cannot fall under H(0.9) = 0.3251.
 
-    The course calls it "an asymptotic bound"; its log shows 0.3253. The cross-entropy of a label y
-    is H(y) + KL(y ‖ D), smallest at D = y. The check takes the lowest loss over 100,000 logits."""
+    The course calls it "an asymptotic bound"; the log of its training shows 0.3253. The
+    cross-entropy of a label y is H(y) + KL(y ‖ D), smallest at D = y. The part of the fakes is
+    >= 0, so the floor holds for the sum."""
     a = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
     lowest = F.binary_cross_entropy_with_logits(a, torch.full_like(a, 0.9), reduction="none").min()
     return agree(binary_entropy(0.9), lowest.item(), "nats", tolerance=1e-8)
@@ -1298,19 +1293,21 @@ def double_sigmoid():
     The course shows this log: "I do not understand why the losses are constant". D ends in a
     sigmoid, which says 1 on reals and 0 on fakes, and the loss applies another one: Loss_D =
     softplus(-1) + log 2, Loss_G = log 2. The first sigmoid lets no gradient through."""
-    real, fake = double([40.0, -40.0]).sigmoid()
-    loss_d = (F.softplus(-real) + F.softplus(fake)).item()
-    loss_g = F.softplus(-fake).item()
-    slope = gradient(lambda a: F.softplus(-torch.sigmoid(a)), double(-40.0)).item()
-    losses = f"{loss_d:.4f}, {loss_g:.4f}"
-    return ("1.0064, 0.6931", f"{losses} (G's slope {slope:.0e})",
-            losses == "1.0064, 0.6931" and abs(slope) < 1e-12
+    def losses(a):  # a: the logit on reals, -a: on fakes
+        real, fake = torch.sigmoid(a), torch.sigmoid(-a)
+        return F.softplus(-real) + F.softplus(fake), F.softplus(-fake)
+
+    a = double(40.0)
+    loss_d, loss_g = (loss.item() for loss in losses(a))
+    slope_d, slope_g = (gradient(lambda a: losses(a)[i], a).item() for i in range(2))
+    text = f"{loss_d:.4f}, {loss_g:.4f}"
+    return ("1.0064, 0.6931", f"{text} (slopes {slope_d:.0e}, {slope_g:.0e})",
+            text == "1.0064, 0.6931" and abs(slope_d) + abs(slope_g) < 1e-12
             and abs(loss_d - math.log(1 + math.exp(-1)) - math.log(2)) < ROUNDING)
 
 
 @figure("fingerprints", "Two constants in the log of a GAN", panels=2)
 def draw_fingerprints(smoothing, twice):
-    """The floor of a smoothed label, and what a second sigmoid makes of Loss_D and Loss_G."""
     a = torch.linspace(-6, 8, 300, dtype=torch.float64)
     for label in (1.0, 0.9, 0.7):
         loss = F.binary_cross_entropy_with_logits(a, torch.full_like(a, label), reduction="none")
@@ -1331,35 +1328,30 @@ def draw_fingerprints(smoothing, twice):
 def minimax_maximin():
     """min_G max_D V = max_D min_G V: the order of the players does not matter.
 
-    The course says "equivalent". In matching pennies -1 < 1 for pure strategies, one fixed side for
-    each player; only mixed ones, which toss the penny, have equal values, 0 and 0 (von Neumann
-    1928). GAN training moves one pair of pure strategies."""
-    pennies = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # rows minimise, columns maximise
+    The course says "equivalent". In matching pennies each player shows a side of a coin; V is 1 if
+    the sides are equal, else -1. The player who moves second wins. Only with mixed strategies,
+    which toss the coin, are both values 0 (von Neumann 1928). GANs train one G and one D."""
+    pennies = torch.tensor([[1, -1], [-1, 1]])  # G chooses the row and minimises, D the column
     max_min, min_max = pennies.amin(0).max().item(), pennies.amax(1).min().item()
-    share = torch.linspace(0, 1, 101)
-    mixed = torch.stack([share, 1 - share], dim=1) @ pennies @ torch.stack([share, 1 - share])
-    mixed_max_min, mixed_min_max = mixed.amin(0).max().item(), mixed.amax(1).min().item()
-    return ("equal",
-            f"{max_min:g} and {min_max:g} (mixed: {mixed_max_min:g} and {mixed_min_max:g})",
-            max_min < min_max and mixed_max_min == mixed_min_max)
+    return "equal", f"min max {min_max}, max min {max_min}", max_min < min_max
 
 
 @holds
 def minimax_bound():
     """max_D min_G V <= min_G max_D V.
 
-    This half of the claim above holds in every game, because who moves second knows more. The check
-    takes 1,000 random games."""
+    This half of the claim above holds in every game: the player who moves second knows more."""
     games = normal(1000, 4, 5)
     ordered = (games.amin(1).amax(1) <= games.amax(2).amin(1)).sum().item()
     return agree(1000, ordered, "of 1000 games")
 
 
 def bilinear_step(x, y, eta, k=0, exact=True, alternating=False):
-    """One step of the game V = x y, x descends and y ascends with rate eta, by autograd.
+    """One step of the game V = x y with rate eta, by autograd: x descends and y ascends.
 
-    x sees y after k ascent steps. exact: it also sees how those depend on x; otherwise they are
-    constants ("rollback"). y's own step uses the old x, or, if alternating, the new one."""
+    y looks k steps ahead, to y_k, and x descends on x y_k. exact: the gradient also goes back
+    through those steps; otherwise y_k is a constant ("rollback": y is moved, then put back). y's
+    own step starts from y and uses the old x, or, if alternating, the new one."""
     x = x.detach().requires_grad_()
     y_k = y
     for _ in range(k):
@@ -1369,12 +1361,11 @@ def bilinear_step(x, y, eta, k=0, exact=True, alternating=False):
 
 
 def bilinear_growth(eta, k=0, exact=True, alternating=False):
-    """That step is a linear map of (x, y): the largest modulus of its eigenvalues.
+    """The largest modulus of the eigenvalues of that step, which is a linear map of (x, y).
 
-    In the long run the distance to the solution (0, 0) grows by it in every step."""
-    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    In the long run every step multiplies the distance to the solution (0, 0) by it."""
     columns = [torch.stack(bilinear_step(x, y, eta, k, exact, alternating))
-               for x, y in ((one, zero), (zero, one))]
+               for x, y in torch.eye(2, dtype=torch.float64)]
     return torch.linalg.eigvals(torch.stack(columns, dim=1)).abs().max().item()
 
 
@@ -1383,8 +1374,9 @@ def bilinear_game():
     """On V = x y, rollback unrolling works from k = 2, exact unrolling from k = 1, plain GAN never.
 
     Unrolling shows x the next k steps of y (chapter 03). The course found k >= 2 by experiment, for
-    rollback. A step turns the plane and has the determinant 1 + η² (plain), 1 - (2k - 1) η² (exact)
-    or 1 - (k - 1) η² (rollback, kη < 1); the distance to (0, 0) is multiplied by its root."""
+    rollback. For kη < 1 a step turns the plane; its determinant is 1 (alternating) and, if both
+    move at once, 1 + η² (plain), 1 - (2k - 1) η² (exact), 1 - (k - 1) η² (rollback). The distance
+    to (0, 0) is multiplied by the root of it."""
     eta = 0.1
     pairs = [(1 + eta ** 2, bilinear_growth(eta)), (1, bilinear_growth(eta, alternating=True))]
     for k in range(1, 6):
@@ -1401,7 +1393,6 @@ def bilinear_game():
 @figure("bilinear", "V = x y: x descends, y ascends, η = 0.1, 150 steps from the black dot",
         panels=6, width=2.6, height=3.2)
 def draw_bilinear(*panels):
-    """Trajectories of the bilinear game: plain, alternating, rollback, exact."""
     kinds = {"plain": {}, "alternating": dict(alternating=True),
              "rollback, k = 1": dict(k=1, exact=False), "rollback, k = 5": dict(k=5, exact=False),
              "exact, k = 1": dict(k=1), "exact, k = 5": dict(k=5)}
@@ -1424,9 +1415,10 @@ def wasserstein_1d(x, y):
 def js_vs_w1():
     """Two parallel lines at distance d: JSD = log 2 for every d ≠ 0, W1 = d.
 
-    Arjovsky et al. 2017, example 1: this is why a WGAN has a gradient where a GAN has none. Only
-    the direction across the lines matters, and there each line is one point."""
-    cells = torch.eye(21, dtype=torch.float64)
+    Arjovsky et al. 2017, example 1: this is why a WGAN has a gradient where a GAN has none. W1 is
+    the distance by which probability must move. Only the direction across the lines matters, and
+    there each line is one point."""
+    cells = torch.eye(21, dtype=torch.float64)  # row d: a distribution that is all in cell d
     pairs = []
     for d in range(1, 21):
         pairs += [(jensen_shannon(cells[0], cells[d]), math.log(2)),
@@ -1436,7 +1428,6 @@ def js_vs_w1():
 
 @figure("js_w1", "Two parallel lines at distance d")
 def draw_js_w1(ax):
-    """JSD and W1 of two parallel lines against their distance."""
     d = torch.linspace(-1, 1, 201)
     ax.plot(d, torch.full_like(d, math.log(2)), "C0", label="JSD: log 2, but 0 at 0; no slope")
     ax.plot(0, math.log(2), "o", color="C0", markerfacecolor="white")
@@ -1447,22 +1438,30 @@ def draw_js_w1(ax):
 
 
 def gradient_penalty(critic, x):
-    """mean (‖∇_x critic(x)‖ - 1)², x [B, d] (Gulrajani et al. 2017, eq. 3)."""
-    return ((gradient(lambda x: critic(x).sum(), x).norm(dim=1) - 1) ** 2).mean()
+    """mean (‖∇_x critic(x)‖ - 1)², x [B, d] (Gulrajani et al. 2017, eq. 3).
+
+    create_graph keeps the graph of the gradient, so that the penalty can train the critic."""
+    x = x.detach().requires_grad_()
+    grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return ((grad.norm(dim=1) - 1) ** 2).mean()
 
 
 @holds
 def gp_linear():
     """A linear critic f(x) = w.x has the gradient penalty (‖w‖ - 1)²; a zero critic has 1.
 
-    The gradient is w everywhere. A penalty of 0 for a critic that does nothing has lost its -1."""
+    The gradient is w everywhere. A penalty of 0 for a critic that does nothing has lost its -1. The
+    gradient of the penalty in w must be 2 (1 - 1/‖w‖) w, or the penalty trains nothing."""
     x, w = normal(16, 5), normal(5)
+    trains = gradient(lambda w: gradient_penalty(lambda x: x @ w, x), w)
     return equal((gradient_penalty(lambda x: x @ w, x), (w.norm() - 1) ** 2),
-                 (gradient_penalty(lambda x: 0 * x, x), 1))
+                 (gradient_penalty(lambda x: x @ (0 * w), x), 1),
+                 (trains, 2 * (1 - 1 / w.norm()) * w))
 
 
 def power_iteration(w, n_iter, u):
-    """σ = uᵀ W v after n_iter rounds of v <- Wᵀu / ‖‖, u <- W v / ‖‖ (Miyato 2018, alg. 1)."""
+    """Largest singular value of w [n, m], from below: uᵀ W v after n_iter >= 1 rounds of
+    v <- Wᵀu / ‖Wᵀu‖, u <- W v / ‖W v‖, from a unit vector u [n] (Miyato et al. 2018, alg. 1)."""
     for _ in range(n_iter):
         v = F.normalize(w.T @ u, dim=0)
         u = F.normalize(w @ v, dim=0)
@@ -1473,14 +1472,13 @@ def power_iteration(w, n_iter, u):
 def spectral():
     """Power iteration converges to the largest singular value from below.
 
-    uᵀ W v of unit vectors never exceeds it, and each round can only raise it. The check compares
-    with the singular value decomposition."""
+    uᵀ W v of unit vectors never exceeds it, and each round can only raise it."""
     w, u = normal(8, 5), F.normalize(normal(8), dim=0)
     largest = torch.linalg.svdvals(w)[0].item()
     sigmas = torch.stack([power_iteration(w, n, u) for n in (1, 2, 4, 8, 2000)])
     rises = (sigmas.diff() > -ROUNDING).all()
     return agree(largest, sigmas[-1].item(), tolerance=1e-6,
-                 also=rises and (sigmas <= largest + ROUNDING).all())
+                 and_also=rises and (sigmas <= largest + ROUNDING).all())
 
 
 # --- samples and scores ------------------------------------------------------------------------
@@ -1503,7 +1501,7 @@ def mmd_imq(x, weights_x, y, weights_y):
 
 
 def normal_points(n):
-    """n equally weighted points, in the limit distributed as N(0, 1): quantiles (i + 1/2) / n."""
+    """N(0, 1) as n points and their weights 1 / n: the quantiles of (i + 1/2) / n, i = 0..n-1."""
     middle = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     return torch.special.ndtri(middle), torch.full((n,), 1 / n, dtype=torch.float64)
 
@@ -1515,10 +1513,10 @@ def moments_not_gaussian():
     The course uses them so, as the loss of its Wasserstein autoencoder (chapter 06). But a z that
     is -√3, 0 or √3 with probabilities 1/6, 2/3, 1/6 has all three. An MMD tells it from N(0, 1)."""
     z, probability = double(THREE_POINTS), double(THREE_WEIGHTS)
-    sample = z.repeat_interleave((600 * probability).round().long())
+    sample = z.repeat_interleave((600 * probability).round().long())  # 100, 400 and 100 times
     mean, variance, kurtosis = (m.item() for m in moments(sample[:, None]))
     apart = mmd_imq(z, probability, *normal_points(2000)).item()
-    same = abs(mmd_imq(*normal_points(1999), *normal_points(2000)).item())
+    same = abs(mmd_imq(*normal_points(1999), *normal_points(2000)).item())  # normal and normal
     return ("MMD² 0", f"moments {abs(mean):.0f}, {variance:.4g}, {kurtosis:.4g}; MMD² {apart:.2g} "
             f"(normal: {same:.0e})",
             abs(mean) < ROUNDING and abs(variance - 1) < ROUNDING and abs(kurtosis - 3) < ROUNDING
@@ -1527,7 +1525,6 @@ def moments_not_gaussian():
 
 @figure("three_points", "Both: mean 0, variance 1, kurtosis 3")
 def draw_three_points(ax):
-    """Three points with a normal's first five moments, beside the normal density."""
     z = torch.linspace(-4, 4, 200)
     ax.plot(z, (-z ** 2 / 2).exp() / math.sqrt(2 * math.pi), label="N(0, 1): density")
     ax.stem(THREE_POINTS, THREE_WEIGHTS, linefmt="C1-", markerfmt="C1o", basefmt=" ",
@@ -1561,7 +1558,8 @@ def inception_bounds():
 def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     """‖mu_a - mu_b‖² + tr(A + B - 2 (A^½ B A^½)^½): squared W2 of Gaussians, mu [d], cov [d, d].
 
-    Dowson, Landau 1982; Heusel et al. 2017 take it over Inception features and call it FID."""
+    A and B are the covariances, A^½ is the root of a matrix: A^½ A^½ = A. Dowson, Landau 1982;
+    Heusel et al. 2017 take it over the features of an Inception network and call it FID."""
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -1570,10 +1568,10 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
 
 @holds
 def fid_gaussians():
-    """The FID of two Gaussians is in closed form: 0 for equal ones; Σ (√a - √b)² if they commute.
+    """FID of two Gaussians: 0 for equal ones, ‖Δmu‖² + Σ (√a - √b)² if the covariances commute.
 
-    The course says it in words. Covariances commute if they share their eigenvectors: the check
-    turns two diagonal ones, with entries a and b, by the same rotation, and shifts one mean."""
+    The course says in words that it has a closed form. Covariances commute if they share their
+    eigenvectors: the check turns two diagonal ones, with entries a and b, by the same rotation."""
     turn = torch.linalg.qr(normal(4, 4))[0]
     a, b, shift = torch.rand(4).double(), torch.rand(4).double(), normal(4)
     cov_a, cov_b = turn * a @ turn.T, turn * b @ turn.T
@@ -1590,10 +1588,10 @@ def truncated_normal_variance(limit):
 
 @holds
 def truncation():
-    """Truncating z lowers its variance, the more so the lower the threshold.
+    """Truncating z lowers its variance, the more, the lower the threshold.
 
     The course says yes, with quality up and diversity down (Brock et al. 2019); the pictures of
-    chapter 07 do not get better. The closed form must agree with a sum over the density."""
+    chapter 07 do not get better. The formula (φ: density, Φ: its integral) must equal a sum."""
     pairs = []
     for limit in (0.5, 1.0, 2.0):
         z = limit * (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -1618,8 +1616,8 @@ def merge_batch_statistics(counts, means, variances):
 def cross_replica_bn():
     """Batch norm with statistics merged over all devices is batch norm of the joined batch.
 
-    The course says yes. To normalise on each device alone hides how the parts differ: here parts
-    of 8, 8 and 4 samples."""
+    The course says yes. A device has a part of the batch, here 8, 8 or 4 samples. Normalising each
+    part with its own statistics hides how the parts differ."""
     x = normal(20, 3) + torch.arange(20)[:, None] // 8
     parts = x.split(8)
     mean, variance = merge_batch_statistics(
@@ -1629,19 +1627,18 @@ def cross_replica_bn():
     alone = torch.cat([F.batch_norm(part, None, None, training=True) for part in parts])
     apart = (alone - joined).abs().max().item()
     return equal(((x - mean) / (variance + 1e-5).sqrt(), joined),  # 1e-5: torch's default
-                 note=f"each alone: {apart:.2f}", also=apart > 0.1)
+                 note=f"each alone: {apart:.2f}", and_also=apart > 0.1)
 
 
-def parameters(net):
-    """The number of parameters of the layers [(kind, *sizes)]."""
-    return sum(p.numel() for kind, *sizes in net for p in kind(*sizes).parameters())
+def unrolled_networks():
+    """G and D of the coursework's unrolled GAN (chapter 03), without their activations."""
+    G = nn.Sequential(nn.Linear(50, 500), nn.Linear(500, 500), nn.Linear(500, 784),
+                      nn.ConvTranspose2d(16, 16, 4), nn.ConvTranspose2d(16, 8, 4),
+                      nn.ConvTranspose2d(8, 1, 3))
+    D = nn.Sequential(nn.Linear(784, 1024), nn.Linear(1024, 512), nn.Linear(512, 256),
+                      nn.Linear(256, 1))
+    return G, D
 
-
-UNROLLED_G = [(nn.Linear, 50, 500), (nn.Linear, 500, 500), (nn.Linear, 500, 784),
-              (nn.ConvTranspose2d, 16, 16, 4), (nn.ConvTranspose2d, 16, 8, 4),
-              (nn.ConvTranspose2d, 8, 1, 3)]
-UNROLLED_D = [(nn.Linear, 784, 1024), (nn.Linear, 1024, 512), (nn.Linear, 512, 256),
-              (nn.Linear, 256, 1)]
 
 row("parameter-counts",
     """The coursework's unrolled-GAN networks (chapter 03) have 675,025 and 1,460,225 parameters.
@@ -1649,7 +1646,7 @@ row("parameter-counts",
     The course says yes. A linear layer has (in + 1) out parameters, a transposed convolution with
     a kernel of k x k has in out k² + out.""",
     [675_025, 1_460_225],
-    lambda: [parameters(UNROLLED_G), parameters(UNROLLED_D)])
+    lambda: [sum(p.numel() for p in net.parameters()) for net in unrolled_networks()])
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -1674,7 +1671,7 @@ def statement(check):
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__, trains=False)
     g = p.add_argument_group("claims")
-    g.add_argument("--only", nargs="+", metavar="ID", help="check these claims alone, no pictures")
+    g.add_argument("--only", nargs="+", metavar="ID", help="check only these claims, no pictures")
     g.add_argument("--list", action="store_true", help="say what each claim states, check nothing")
     args = common.parse(p, argv, quick={})
     unknown = [name for name in args.only or [] if name not in CLAIMS]
@@ -1714,8 +1711,8 @@ def main(argv=None):
     with common.Run(args):
         unexpected = check_and_print(names, seeds)
         if not args.only:
-            for name, make in FIGURES.items():
-                common.save_figure(make(), args.out / f"{name}.png")
+            for name, how in FIGURES.items():
+                save_figure(args.out / f"{name}.png", *how)
         if unexpected:
             common.fail(f"not the expected verdict: {', '.join(unexpected)}", status=1)
     print(f"all {len(names)} verdicts as expected, for each of {len(seeds)} seeds")

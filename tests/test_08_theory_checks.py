@@ -172,10 +172,10 @@ def test_the_helpers_reject_what_differs(wrong):
     assert theory.equal((one, one), (one, 1))[2] is True
     assert theory.equal((one, other), (one, one))[2] is False
     assert theory.equal((one, one), (one, other))[2] is False
-    assert theory.equal((one, one), also=torch.tensor(False))[2] is False
+    assert theory.equal((one, one), and_also=torch.tensor(False))[2] is False
     assert theory.agree(1, 1 + 1e-11)[2] is True
     assert theory.agree(1, wrong)[2] is False
-    assert theory.agree(1, 1, also=torch.tensor(False))[2] is False
+    assert theory.agree(1, 1, and_also=torch.tensor(False))[2] is False
 
 
 def test_a_row_needs_exactly_what_it_expects(monkeypatch):
@@ -472,6 +472,59 @@ def test_wrong_differences_are_rejected(twin):
     assert rejected(differences_are_the_gradient, twin, (0, 4, 1e-4))
 
 
+def truncation_cuts_the_gradient(net, seed, t, s, h):
+    """The state is that of torch's RNN; the gradient is zero for all inputs but the last s, and
+    that of the last s steps from the state before them, a constant."""
+    x, w_x = normal(seed, t, 3).requires_grad_(), normal(seed + 1, h, 3)
+    w_h = normal(seed + 2, h, h)
+    torchs = torch.nn.RNN(3, h, bias=False, dtype=torch.float64)
+    torchs.weight_ih_l0.data, torchs.weight_hh_l0.data = w_x, w_h
+    early = torchs(x[:-s])[1].detach() if s < t else torch.zeros(1, h, dtype=torch.float64)
+    last = torchs(x[-s:], early)[1][0]
+    got = net(x, w_x, w_h, s)
+    bound = 4 * (h + 3) * t * EPS * (1 + w_h.abs().sum(1).max()) ** t * (1 + w_x.abs().sum())
+    close(got, last.detach(), bound)
+    (exact,), (cut,) = (torch.autograd.grad(out.sum(), x) for out in (last, got))
+    close(cut, exact, 10 * bound * (1 + w_x.abs().sum()))
+    assert (cut[:-s] == 0).all()
+    if s < t:
+        assert (torch.autograd.grad(net(x, w_x, w_h).sum(), x)[0][:-s] != 0).any()
+
+
+@given(seeds(), st.integers(2, 6), st.integers(1, 6), st.integers(1, 4))
+def test_truncation_cuts_the_gradient_and_only_the_gradient(seed, t, s, h):
+    truncation_cuts_the_gradient(theory.rnn, seed, t, min(s, t), h)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda x, w_x, w_h, s=None: theory.rnn(x, w_x, w_h),
+    lambda x, w_x, w_h, s=None: theory.rnn(x, w_x, w_h, s and s + 1),
+    lambda x, w_x, w_h, s=None: theory.rnn(x[-s:] if s else x, w_x, w_h)])
+def test_wrong_truncations_are_rejected(twin):
+    assert rejected(truncation_cuts_the_gradient, twin, (0, 5, 2, 3))
+
+
+def ridge_is_the_least(solve, seed, n, d, lam):
+    """|x w - y|² + λ |w|² is the square of one longer system of equations, which lstsq solves."""
+    x, y = normal(seed, n, d), normal(seed + 1, n)
+    longer = torch.cat([x, lam ** 0.5 * torch.eye(d, dtype=torch.float64)])
+    w = torch.linalg.lstsq(longer, torch.cat([y, torch.zeros(d, dtype=torch.float64)])).solution
+    # the normal equations lose the square of the condition number
+    bound = 20 * (n + d) * EPS * torch.linalg.cond(longer) ** 2 * (1 + w.norm() + y.norm())
+    close(solve(x, y, lam), w, bound)
+
+
+@given(seeds(), st.integers(1, 8), st.integers(1, 4), st.floats(0.01, 10))
+def test_ridge_is_the_least(seed, n, d, lam):
+    ridge_is_the_least(theory.ridge, seed, n, d, lam)
+
+
+@pytest.mark.parametrize("twin", [lambda x, y, lam: theory.ridge(x, y, 2 * lam),
+                                  lambda x, y, lam: theory.ridge(x, y, 0)])
+def test_wrong_ridges_are_rejected(twin):
+    assert rejected(ridge_is_the_least, twin, (0, 6, 3, 0.5))
+
+
 # --- generative models -------------------------------------------------------------------------
 
 def log_prob_is_the_jacobians(log_prob, seed, d, depth):
@@ -623,6 +676,37 @@ def test_gradient_penalty_of_a_quadratic_critic(seed, b, d):
           20 * (b + d) * EPS * size)
 
 
+def penalty_trains_the_critic(penalty, seed, b, d):
+    """f(x) = |x|²/2 + w.x has the gradient x + w: the penalty's in w is the mean of
+    2 (1 - 1/|x + w|)(x + w). It divides by |x + w|, whose rounding is that of |x| + |w|."""
+    x, w = normal(seed, b, d), normal(seed + 1, d).requires_grad_()
+    value = penalty(lambda x: (x ** 2).sum(1) / 2 + x @ w, x)
+    assert value.requires_grad, "no graph leads back to the critic"
+    got, = torch.autograd.grad(value, w)
+    slope = (x + w).detach()
+    size = slope.norm(dim=1, keepdim=True)
+    rounding = 20 * (b + d) * EPS * (1 + (x.norm(dim=1) + w.norm()).max()) * (1 + 1 / size.min())
+    close(got, (2 * (1 - 1 / size) * slope).mean(0), rounding.detach())
+
+
+@given(seeds(), st.integers(1, 4), st.integers(1, 5))
+def test_gradient_penalty_trains_the_critic(seed, b, d):
+    penalty_trains_the_critic(theory.gradient_penalty, seed, b, d)
+
+
+def penalty_without_a_graph(critic, x):
+    return ((theory.gradient(lambda x: critic(x).sum(), x).norm(dim=1) - 1) ** 2).mean()
+
+
+def penalty_of_the_sum(critic, x):
+    return theory.gradient_penalty(critic, x) * len(x)
+
+
+@pytest.mark.parametrize("twin", [penalty_without_a_graph, penalty_of_the_sum])
+def test_wrong_gradient_penalties_are_rejected(twin):
+    assert rejected(penalty_trains_the_critic, twin, (0, 3, 4))
+
+
 @given(seeds(), st.integers(1, 20), st.integers(1, 6), st.floats(0, 20))
 def test_inception_score_is_exp_of_mutual_information_within_its_bounds(seed, n, k, sharpness):
     probs = (sharpness * normal(seed, n, k)).softmax(1)
@@ -676,3 +760,17 @@ def test_mmd_is_the_double_sum(seed, n, m):
                    in itertools.product(zip(points, weights), repeat=2))
     close(theory.mmd_imq(x, u, y, v), expected, 8 * (n + m) ** 2 * EPS)
     close(theory.mmd_imq(x, u, x, u), 0, 8 * (n + m) ** 2 * EPS)
+
+
+# --- claims on wrong functions -----------------------------------------------------------------
+
+penalty, rnn, ridge = theory.gradient_penalty, theory.rnn, theory.ridge
+
+
+@pytest.mark.parametrize("name, function, twin", [
+    ("gp-linear", "gradient_penalty", lambda f, x: 2 * penalty(f, x) - penalty(f, x).detach()),
+    ("tbptt", "rnn", lambda x, w_x, w_h, truncate=None: rnn(x[-5:], w_x, w_h)),
+    ("bilevel", "ridge", lambda x, y, lam: 1.01 * ridge(x, y, lam))])
+def test_a_claim_on_a_wrong_function_is_not_confirmed(name, function, twin, monkeypatch):
+    monkeypatch.setattr(theory, function, twin)
+    assert theory.run(name, [0])[1] == 0
