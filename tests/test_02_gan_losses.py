@@ -81,6 +81,15 @@ def test_fuzzy_labels_are_uniform_around_the_label_reals_first(seed, n, real_lab
     assert_close(got.item(), expected, rtol=0, atol=1e-6 * (1 + largest))
 
 
+def test_labels_without_noise_draw_nothing():
+    """Neither from torch's generator nor from one's own, whose later draws would be others."""
+    rng, before = generator(0), torch.get_rng_state()
+    for own in (rng, None):
+        losses.bce_d(torch.zeros(3), torch.zeros(3), 0.9, generator=own)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(rng.get_state(), generator(0).get_state())
+
+
 def test_smoothing_cannot_go_below_the_entropy_of_the_label():
     a = torch.linspace(-20, 20, 4001, dtype=torch.float64)
     lowest = min(losses.bce_d(one[None], torch.tensor([-40.0]).double(), 0.9).item() for one in a)
@@ -207,6 +216,17 @@ def test_a_flat_critic_has_penalty_one_and_a_finite_second_derivative(seed):
         assert penalty.item() == expected
         grads = torch.autograd.grad(penalty, tuple(critic.parameters()), allow_unused=True)
         assert all(g is None or g.isfinite().all() for g in grads)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    """They would broadcast: a fake for all reals, grey fakes for pictures in colour."""
+    critic, x = lambda x: x.flatten(1).sum(dim=1), torch.zeros(4, 3, 2, 2)
+    for x_fake in (x[:1], x[:, :1], x[:0]):
+        with pytest.raises(ValueError, match=rf"\(4, 3, 2, 2\).*\({len(x_fake)}, "):
+            losses.gradient_penalty(critic, x, x_fake)
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=rf"no pairs in codes \({n}, 3\)"):
+            losses.pull_away(torch.zeros(n, 3))
 
 
 @given(seeds(), st.integers(2, 6), st.integers(1, 6))
