@@ -945,10 +945,8 @@ def tbptt_reach():
 def moments(z):
     """Mean, variance and kurtosis (3 for a normal) of each column of z [B, d]: three [d].
 
-    The kurtosis of a constant column is nan. Its z - z[0] is exactly 0, where z - mean is not if
-    the mean is rounded."""
-    centred = z - z[0]
-    centred = centred - centred.mean(dim=0)
+    The kurtosis of a constant column is nan, also where its mean is rounded and z - mean not 0."""
+    centred = torch.where((z == z[0]).all(dim=0), 0.0, z - z.mean(dim=0))
     variance = centred.pow(2).mean(dim=0)
     return z.mean(dim=0), variance, centred.pow(4).mean(dim=0) / variance ** 2
 
