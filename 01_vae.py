@@ -59,8 +59,12 @@ def negative_elbo(log_px_z, mu, logvar):
     """KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z) of each example, nats [B]; to be minimised.
 
     log_px_z = log p(x|z): [k, B], for k draws z of q = N(mu, exp(logvar)); mu, logvar: [B, d]. On
-    average over z an upper bound on -log p(x), and equal to it where q(z|x) = p(z|x).
+    average over z an upper bound on -log p(x), and equal to it where q(z|x) = p(z|x). Raises
+    ValueError if the sizes do not fit.
     """
+    if log_px_z.ndim != 2 or log_px_z.shape[1:] != mu.shape[:1]:
+        raise ValueError(f"log_px_z must be [k, B] for mu [B, d], not {tuple(log_px_z.shape)} for "
+                         f"{tuple(mu.shape)}")
     return kl_standard_normal(mu, logvar) - log_px_z.mean(dim=0)
 
 
@@ -70,12 +74,12 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
     data_term = mean of (x - x_rec)² over the pixels / x_sigma2,  kl_term = 2 KL.
     x, x_rec: [B, ...] of d_x numbers each; x_sigma2 > 0. To be minimised. It is -2 ELBO up to a
     constant, for Gaussian pixels of variance s² = x_sigma2 d_x (for MNIST 0.001 means 0.784):
-    -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 <= 0 or the
-    shapes differ.
+    -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 is not above 0,
+    the shapes differ or the batch is empty.
     """
-    if x_sigma2 <= 0 or x.shape != x_rec.shape:
-        raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal: "
-                         f"{tuple(x.shape)}, {tuple(x_rec.shape)}")
+    if not x_sigma2 > 0 or x.shape != x_rec.shape or len(x) == 0:
+        raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal, with B of 1 "
+                         f"or more: {tuple(x.shape)}, {tuple(x_rec.shape)}")
     data_term = ((x - x_rec) ** 2).mean() / x_sigma2
     kl_term = 2 * kl_standard_normal(mu, logvar).mean()
     return data_term + kl_term, data_term, kl_term
@@ -92,9 +96,14 @@ def log_bernoulli(x, logits):
 
 
 def log_gaussian(x, mean, variance):
-    """log p(x|z) of N(mean, variance I) over the last three dimensions, nats."""
-    squares = (x - mean) ** 2 / variance + math.log(2 * math.pi * variance)
-    return -0.5 * squares.sum(dim=(-3, -2, -1))
+    """log p(x|z) of N(mean, variance I) over the last three dimensions, nats.
+
+    x, mean: [..., C, H, W]; variance > 0: a number, or a tensor that is learned, of any shape that
+    broadcasts with them: [], [1], [B, 1, 1, 1] and so on.
+    """
+    area = 2 * math.pi * variance
+    log_area = area.log() if torch.is_tensor(area) else math.log(area)
+    return -0.5 * ((x - mean) ** 2 / variance + log_area).sum(dim=(-3, -2, -1))
 
 
 def iwae_bound(log_px_z, z, mu, logvar):
@@ -102,8 +111,11 @@ def iwae_bound(log_px_z, z, mu, logvar):
 
     log_px_z = log p(x|z_i): [k, B]; z: [k, B, d], drawn from q = N(mu, exp(logvar)); mu, logvar:
     [B, d]. On average over z a lower bound on log p(x). For k = 1 that average is the ELBO; it
-    rises with k and tends to log p(x).
+    rises with k and tends to log p(x). Raises ValueError if the sizes do not fit.
     """
+    if log_px_z.ndim != 2 or z.shape != (*log_px_z.shape, mu.shape[-1]):
+        raise ValueError(f"log_px_z must be [k, B] for z [k, B, d], not {tuple(log_px_z.shape)} for "
+                         f"{tuple(z.shape)}")
     log_pz = -0.5 * (z ** 2).sum(dim=-1)
     log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)  # both without d/2 log 2π
     return torch.logsumexp(log_px_z + log_pz - log_q, dim=0) - math.log(len(z))

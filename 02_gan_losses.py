@@ -49,8 +49,8 @@ def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
     y = real_label, y' = 1 - real_label for labels 0 and 1 (flipped labels) and else 0 (one-sided
     smoothing, Salimans et al. 2016). label_noise = w makes both uniform, of width w
     around these values; those of the reals are drawn first. The loss is linear in the labels, so
-    this noise leaves the mean of the gradient as it is. In nats; without noise >= H(real_label),
-    and 2 log 2 = 1.386 if D says 1/2 to all.
+    this noise leaves the mean of the gradient as it is. In nats; without noise at least the entropy
+    of real_label, and 2 log 2 = 1.386 if D says 1/2 to all.
     """
     fake_label = 1.0 - real_label if real_label in (0, 1) else 0.0
     y, y_fake = (label + label_noise * (torch.rand(len(a), generator=generator).to(a) - 0.5)
@@ -105,7 +105,10 @@ def gradient_penalty(critic, x_real, x_fake, target=1.0, generator=None):
     """E (‖∇critic(x̂)‖ - target)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
     One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
+    Raises ValueError if the shapes differ.
     """
+    if x_real.shape != x_fake.shape:
+        raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
     x_hat = alpha * x_real + (1 - alpha) * x_fake
@@ -139,8 +142,11 @@ def ebgan_d(real_error, fake_error, margin):
 def pull_away(codes):
     """Mean cos² of the codes [B, d] of all pairs of different pictures (Zhao et al. 2017).
 
-    0 if all are orthogonal, 1 if all are parallel: it pushes G's pictures apart.
+    0 if all are orthogonal, 1 if all are parallel: it pushes G's pictures apart. Raises ValueError
+    for fewer than 2 codes.
     """
+    if len(codes) < 2:
+        raise ValueError(f"there are no pairs in codes {tuple(codes.shape)}: B must be 2 or more")
     cosine = F.normalize(codes, dim=1)
     squares = (cosine @ cosine.T) ** 2
     n = len(codes)

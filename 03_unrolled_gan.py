@@ -46,13 +46,14 @@ SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the training after which a pic
 def value(D, theta, x, x_fake):
     """f(θ_G, θ_D) = mean log σ(D(x)) + mean log(1 - σ(D(x_fake))). A scalar <= 0, in nats.
 
-    D returns logits [B]; theta: its parameters by name; x, x_fake: [B, ...], equal shapes.
+    D returns logits [B]; theta: its parameters by name; x, x_fake: [B, ...]. Buffers of D that
+    theta does not name are D's own, and a pass in training mode moves them, as any pass does.
     D maximises it, G minimises it. -2 log 2 = -1.386 when D cannot tell the two apart.
     """
     # functional_call: D as a function of its input and of the weights theta, which need not be
     # the ones that D holds. One pass for real and fake.
     logits = torch.func.functional_call(D, theta, (torch.cat([x, x_fake]),))
-    logits_real, logits_fake = logits.split(len(x))
+    logits_real, logits_fake = logits.split([len(x), len(x_fake)])
     return F.logsigmoid(logits_real).mean() + F.logsigmoid(-logits_fake).mean()
 
 
@@ -60,24 +61,27 @@ def unroll(D, x, x_fake, k, eta, exact=True):
     """θ_D^k: D's parameters (dict by name) after k gradient ascent steps of size eta on f.
 
     exact: the result is a differentiable function of x_fake, so of θ_G (double backward).
-    Otherwise it is a constant. The parameters of D are not changed either way.
+    Otherwise it is a constant. Frozen parameters stay as they are. The dict has copies of D's
+    buffers too, which batch norm and spectral norm move in every pass: D itself is not changed.
     """
-    theta = dict(D.named_parameters())
+    theta = dict(D.named_parameters()) | {name: b.clone() for name, b in D.named_buffers()}
+    learned = [name for name, p in theta.items() if p.requires_grad]
     x_fake = x_fake if exact else x_fake.detach()
     for _ in range(k):
-        grads = torch.autograd.grad(value(D, theta, x, x_fake), tuple(theta.values()),
-                                    create_graph=exact)  # keep the graph of the gradient itself
-        theta = {name: p + eta * g for (name, p), g in zip(theta.items(), grads)}
+        grads = torch.autograd.grad(value(D, theta, x, x_fake), [theta[name] for name in learned],
+                                    create_graph=exact,  # keep the graph of the gradient itself
+                                    materialize_grads=True)  # 0 for what the logits do not use
+        theta |= {name: theta[name] + eta * g for name, g in zip(learned, grads)}
         if not exact:
-            theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
+            theta |= {name: theta[name].detach().requires_grad_() for name in learned}
     return theta
 
 
 def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     """f(θ_G, θ_D^k(θ_G)), to be minimised by G. k = 0 is the plain GAN.
 
-    exact: the gradient also flows through θ_D^k, so G feels how D will answer.
-    Otherwise ("rollback") θ_D^k is a constant, as if one trained a copy of D for k steps.
+    exact: the gradient also flows through θ_D^k, so G feels how D will answer. Otherwise
+    ("rollback") θ_D^k is a constant, as if one trained a copy of D for k steps. D is not changed.
     saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
     D is sure of itself: on pictures D soon is, and f freezes near 0.
     """

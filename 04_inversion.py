@@ -39,7 +39,12 @@ CHUNK = 125                      # rows of z in one batch: 500 do not fit into a
 # --- the idea ----------------------------------------------------------------------------------
 
 def squared_error(a, b):
-    """Mean of (a - b)² over all but the first dimension, [B]: each picture has its own."""
+    """Mean of (a - b)² over all but the first dimension, [B]: each picture has its own.
+
+    Raises ValueError if the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}")
     return ((a - b) ** 2).flatten(1).mean(dim=1)
 
 
@@ -49,8 +54,8 @@ def invert(G, x, z0, steps, lr):
     x: [N, C, H, W]; z0: [N, R, d]. The rate falls from lr to 0 along a cosine. Returns z [N, d] of
     the start that ends best for each picture, and the errors [N, R, steps + 1] on the way of every
     start, mean squares in the units of x. A start that ends at nan loses to all others. G's weights
-    are left alone. Raises ValueError if G is in training mode, in which batch norm would let the
-    pictures of a batch change each other.
+    are left alone. Raises ValueError if G does not draw pictures of the shape of x, or is in
+    training mode, in which batch norm would let the pictures of a batch change each other.
     """
     if any(module.training for module in G.modules()):
         raise ValueError("G must be in evaluation mode: call G.eval()")
@@ -70,8 +75,7 @@ def invert(G, x, z0, steps, lr):
     with torch.no_grad():
         errors.append(squared_error(G(z), target))
     errors = torch.stack(errors, dim=1).reshape(n, r, steps + 1)
-    last = errors[:, :, -1]
-    best = torch.where(last.isnan(), math.inf, last).argmin(dim=1)  # argmin would prefer a nan
+    best = errors[:, :, -1].nan_to_num(nan=math.inf).argmin(dim=1)  # argmin would prefer a nan
     return z.detach().reshape(n, r, d)[torch.arange(n), best], errors
 
 

@@ -39,9 +39,24 @@ CHUNK = 125                      # rows of z in one batch: 500 do not fit into a
 
 # --- the idea ----------------------------------------------------------------------------------
 
+def seen(mask, *pictures):
+    """Where the mask is 1, as booleans that broadcast with the pictures [N, C, H, W].
+
+    mask: [N, 1, H, W] of any type. Raises ValueError if the pictures differ in shape, or the mask
+    does not fit them.
+    """
+    shape = pictures[0].shape
+    if (any(x.shape != shape for x in pictures) or mask.ndim != len(shape)
+            or any(m not in (1, size) for m, size in zip(mask.shape, shape))):
+        shapes = [tuple(x.shape) for x in pictures]
+        raise ValueError(f"a mask {tuple(mask.shape)} does not fit pictures {shapes}")
+    return mask == 1
+
+
 def misfit(G, z, y, mask):
     """‖m (G(z) - y)‖² of each picture, [B]: the sum over channels and pixels that were seen."""
-    error = torch.where(mask == 1, G(z) - y, 0.0)  # 0 times nan would be nan
+    x = G(z)
+    error = torch.where(seen(mask, x, y), x - y, 0.0)  # 0 times nan would be nan
     return (error ** 2).flatten(1).sum(dim=1)
 
 
@@ -52,8 +67,8 @@ def restore(G, y, mask, z0, steps, lr, lam):
     not matter; z0: [N, R, d]; lam: the variance of what G and the noise get wrong in one pixel. The
     rate falls from lr to 0 along a cosine. Returns z [N, d] of the start that ends lowest for each
     picture, and the objective [N, R] of all; a start that ends at nan loses to all others. Raises
-    ValueError if G is in training mode, in which batch norm would let the pictures of a batch
-    change each other.
+    ValueError if the sizes do not fit, or if G is in training mode, in which batch norm would let
+    the pictures of a batch change each other.
     """
     if any(module.training for module in G.modules()):
         raise ValueError("G must be in evaluation mode: call G.eval()")
@@ -73,7 +88,7 @@ def restore(G, y, mask, z0, steps, lr, lam):
         rate.step()
     with torch.no_grad():
         objectives = objective().reshape(n, r)
-    best = torch.where(objectives.isnan(), math.inf, objectives).argmin(dim=1)
+    best = objectives.nan_to_num(nan=math.inf).argmin(dim=1)
     return z.detach().reshape(n, r, d)[torch.arange(n), best], objectives
 
 
@@ -121,11 +136,12 @@ def neighbours(y, mask):
     """Hidden pixels filled from the rim inwards with the mean of their seen or filled neighbours.
 
     Neighbours are the eight pixels around one. What was seen stays as it is. Raises ValueError if
-    nothing was seen of a picture.
+    nothing was seen of a picture, or the sizes do not fit.
     """
-    if not mask.flatten(1).any(dim=1).all():
+    known = seen(mask, y)
+    if not known.flatten(1).any(dim=1).all():
         raise ValueError("a picture of which nothing was seen has no seen neighbours")
-    known, filled = mask, torch.where(mask == 1, y, 0.0)
+    known, filled = known.to(y), torch.where(known, y, 0.0)
     while not known.all():
         count = F.avg_pool2d(known, 3, stride=1, padding=1)
         means = F.avg_pool2d(filled, 3, stride=1, padding=1) / count.clamp(min=1e-6)
@@ -232,14 +248,16 @@ def psnr(a, b, where):
 
     a, b: [N, C, H, W] in [-1, 1]; where: [N, 1, H, W]. The mean is over all pictures at once: a
     black square on black ground is repaired without an error, so its own PSNR would be infinite.
+    Where no pixel counts there is none: nan. Raises ValueError if the sizes do not fit.
     """
-    squares = torch.where(where == 1, a - b, 0.0) ** 2
-    return (10 * torch.log10(4 / (squares.sum() / (where.sum() * a.shape[1])))).item()
+    squares = (a - b)[seen(where, a, b).expand_as(a)] ** 2
+    return (10 * torch.log10(4 / squares.mean())).item()
 
 
 def share_of_wins(a, b, x, where):
     """Share of the pictures that a [N, C, H, W] comes nearer to x than b, where `where` is 1."""
-    errors = [(torch.where(where == 1, c - x, 0.0) ** 2).flatten(1).sum(dim=1) for c in (a, b)]
+    errors = [(torch.where(seen(where, c, x), c - x, 0.0) ** 2).flatten(1).sum(dim=1)
+              for c in (a, b)]
     return (errors[0] < errors[1]).float().mean().item()
 
 
@@ -260,9 +278,9 @@ def repair(args, G, pool, y, mask, lam, label):
     at_once = max(1, CHUNK // args.starts)
     show = common.progress(label, len(y))
     drawn = []
-    for part, seen in zip(y.split(at_once), mask.split(at_once)):
-        z0 = nearest_starts(pool, part, seen, lam, args.starts)
-        z, _ = restore(G, part, seen, z0, args.restore_steps, args.restore_lr, lam)
+    for part, mask_part in zip(y.split(at_once), mask.split(at_once)):
+        z0 = nearest_starts(pool, part, mask_part, lam, args.starts)
+        z, _ = restore(G, part, mask_part, z0, args.restore_steps, args.restore_lr, lam)
         drawn.append(G(z))
         show(sum(map(len, drawn)))
     return torch.cat(drawn)

@@ -46,7 +46,8 @@ def moments(z):
     """Mean, variance and kurtosis of each coordinate of z [B, d]: three tensors [d].
 
     Population moments, without B - 1: var = E (z - mean)², kurtosis = E (z - mean)⁴ / var², which
-    is 3 for a normal law (not the excess over it), and nan for a coordinate that is constant.
+    is 3 for a normal law (not the excess over it), and nan for a coordinate that is constant, or so
+    nearly that var² underflows: deviations below 1e-11 in float32.
     Raises ValueError for fewer than 2 codes.
     """
     if z.ndim != 2 or len(z) < 2:

@@ -101,7 +101,9 @@ def spectral_norm(weight, u, n_iter=1):
 class SpectralNorm(nn.Module):
     """weight -> weight / σ: parametrize.register_parametrization(layer, "weight", SpectralNorm(w)).
 
-    Keeps u from call to call, and moves it in training mode alone.
+    Keeps u from call to call, and moves it in training mode alone. For Linear and Conv layers,
+    whose weights begin with `out`. That of a ConvTranspose2d begins with `in`: its σ is that of
+    [in, rest] here, where torch's spectral_norm takes [out, rest].
     """
 
     def __init__(self, weight):
@@ -110,7 +112,7 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight):
         sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
-        if self.training:
+        if self.training and not u.is_inference():  # such a tensor could not be trained with later
             self.u = u
         return weight / sigma
 
@@ -129,8 +131,11 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
     """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
     One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
-    Add 10 times this to the critic's loss; x_fake detached, for G has no part in it.
+    Add 10 times this to the critic's loss; x_fake detached, for G has no part in it. Raises
+    ValueError if the shapes differ.
     """
+    if x_real.shape != x_fake.shape:
+        raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
     return ((gradient_norms(critic, alpha * x_real + (1 - alpha) * x_fake) - 1) ** 2).mean()
@@ -165,7 +170,7 @@ def frechet_distance(features_a, features_b):
 
     The squared W2 distance of two Gaussians with these means and covariances (unbiased, float64).
     >= 0, and 0 for equal sets, up to rounding: where the covariances are singular, the result may
-    be as low as about -1e-7 of their traces. Raises ValueError for features that are not finite,
+    be as low as -1e-8 d of their traces. Raises ValueError for features that are not finite,
     and for d rows or fewer: the result would say more of N than of the features.
     """
     d = features_a.shape[1]
@@ -198,7 +203,7 @@ def truncated_normal(n, d, limit, generator=None):
         return torch.randn(n, d, generator=generator)
     u = 2 * torch.rand(n, d, generator=generator, dtype=torch.float64) - 1
     z = math.sqrt(2) * torch.erfinv(u * math.erf(limit / math.sqrt(2)))
-    return z.to(torch.get_default_dtype()).clamp(-limit, limit)  # rounding may have passed it
+    return z.clamp(-limit, limit).to(torch.get_default_dtype())  # rounding may have passed it
 
 
 # --- model -------------------------------------------------------------------------------------

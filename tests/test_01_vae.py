@@ -113,9 +113,22 @@ def test_the_loss_of_the_course_is_minus_two_elbo_up_to_a_constant(seed, n, x_si
 
 def test_a_loss_without_meaning_is_refused():
     x, mu = torch.zeros(2, 1, 4, 4), torch.zeros(2, 3)
-    for x_rec, x_sigma2 in ((x, 0.0), (x, -1.0), (x[:1], 1.0)):
+    for x, x_rec, x_sigma2 in ((x, x, 0.0), (x, x, -1.0), (x, x, math.nan), (x, x[:1], 1.0),
+                               (x[:0], x[:0], 1.0)):
         with pytest.raises(ValueError):
             vae.vae_loss(x, x_rec, mu, mu, x_sigma2)
+
+
+@pytest.mark.parametrize("log_px, z", [((4,), (4, 2)), ((1, 4), (4, 2)), ((3, 2), (3, 4, 2)),
+                                       ((3, 4, 1), (3, 4, 2))])
+def test_bounds_of_sizes_that_do_not_fit_are_refused(log_px, z):
+    """Such as those of a picture each that has lost its dimension k: a mean over the batch."""
+    mu, log_px, z = torch.zeros(4, 2), torch.zeros(log_px), torch.zeros(z)
+    with pytest.raises(ValueError, match=r"log_px must be \[k, B\]"):
+        vae.iwae_bound(log_px, z, mu, mu)
+    if log_px.shape != (1, 4):
+        with pytest.raises(ValueError, match=r"log_px must be \[k, B\]"):
+            vae.negative_elbo(log_px, mu, mu)
 
 
 @given(seeds(), sizes, sizes)
@@ -127,6 +140,19 @@ def test_likelihoods_are_those_of_torch(seed, k, n):
     expected = Normal(logits, 0.7).log_prob(x).sum((-3, -2, -1))
     assert_close(vae.log_gaussian(x, logits, 0.49), expected, rtol=0,
                  atol=100 * EPS * (1 + expected.abs().max().item()))
+
+
+@given(seeds(), st.sampled_from([(), (1,), (4, 1, 1, 1), (1, 2, 1, 1), (4, 1, 2, 3)]))
+def test_a_learned_variance_has_the_gradient_that_it_has_in_torch(seed, shape):
+    """One for all, for each picture, each colour, each pixel."""
+    x, mean = normal(seed, 4, 2, 2, 3), normal(seed + 1, 5, 4, 2, 2, 3)
+    variance = normal(seed + 2, math.prod(shape)).exp().view(shape).requires_grad_()
+    expected = Normal(mean, variance.sqrt()).log_prob(x).sum((-3, -2, -1))
+    got = vae.log_gaussian(x, mean, variance)
+    # e^3 and more is rare for the inverse variance: sums of up to 240 terms of a few hundred
+    assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    slopes = (torch.autograd.grad(values.sum(), variance)[0] for values in (got, expected))
+    assert_close(*slopes, rtol=1e-9, atol=1e-9)
 
 
 @given(seeds())

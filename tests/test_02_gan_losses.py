@@ -209,6 +209,17 @@ def test_a_flat_critic_has_penalty_one_and_a_finite_second_derivative(seed):
         assert all(g is None or g.isfinite().all() for g in grads)
 
 
+def test_sizes_that_do_not_fit_are_refused():
+    """They would broadcast: a fake for all reals, grey fakes for pictures in colour."""
+    critic, x = lambda x: x.flatten(1).sum(dim=1), torch.zeros(4, 3, 2, 2)
+    for x_fake in (x[:1], x[:, :1], x[:0]):
+        with pytest.raises(ValueError, match=rf"\(4, 3, 2, 2\).*\({len(x_fake)}, "):
+            losses.gradient_penalty(critic, x, x_fake)
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=rf"no pairs in codes \({n}, 3\)"):
+            losses.pull_away(torch.zeros(n, 3))
+
+
 @given(seeds(), st.integers(2, 6), st.integers(1, 6))
 def test_pull_away_is_the_mean_squared_cosine_of_all_pairs(seed, n, d):
     codes = normal(seed, n, d)

@@ -1,5 +1,6 @@
 """Chapter 03: the unrolled gradient is right, k = 0 is the plain GAN, a kill loses nothing."""
 
+import copy
 import importlib
 import math
 import os
@@ -137,6 +138,61 @@ def test_a_generator_step_leaves_the_discriminator_untouched(seed, k, exact):
     torch.autograd.grad(loss, tuple(G.parameters()))
     assert all(torch.equal(p, q) for p, q in zip(D.parameters(), before))
     assert all(p.grad is None and p.requires_grad for p in D.parameters())
+
+
+class OneOfTwoHeads(nn.Module):
+    """A layer that is frozen, batch norm, spectral norm, and a head that the logits do not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(2, 4).requires_grad_(False), nn.BatchNorm1d(4), nn.Tanh(),
+            nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Tanh())
+        self.score, self.guess = nn.Linear(3, 1), nn.Linear(3, 10)
+
+    def forward(self, x):
+        return self.score(self.trunk(x)).flatten()
+
+
+@given(seeds(), st.integers(0, 4), st.booleans(), st.booleans())
+def test_buffers_and_frozen_weights_of_d_stay_as_they_are(seed, k, exact, saturating):
+    torch.manual_seed(seed)
+    D = OneOfTwoHeads().double()
+    before = copy.deepcopy(D.state_dict())
+    x, x_fake = normal(seed, 2, 6, 2)
+    loss = unrolled.unrolled_loss_g(D, x, x_fake.requires_grad_(), k, 0.5, exact, saturating)
+    assert torch.autograd.grad(loss, x_fake)[0].isfinite().all()
+    after = D.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert [p.requires_grad for p in D.parameters()] == \
+        [p.requires_grad for p in OneOfTwoHeads().parameters()]
+
+
+@given(seeds(), st.integers(0, 4))
+def test_a_d_with_buffers_unrolls_as_a_copy_that_is_trained(seed, k):
+    """Frozen weights are not trained, and u and v of spectral norm move with every pass."""
+    torch.manual_seed(seed)
+    D = OneOfTwoHeads().double()
+    x, x_fake = normal(seed, 2, 6, 2)
+    got = unrolled.unrolled_loss_g(D, x, x_fake, k, 0.3, exact=False)
+    sgd = torch.optim.SGD([p for p in D.parameters() if p.requires_grad], lr=0.3)
+    for step in range(k + 1):
+        real, fake = D(torch.cat([x, x_fake])).split(6)
+        loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+        if step < k:
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+    assert_close(got, -loss, rtol=1e-9, atol=1e-12)  # the same sums in another order, k + 1 times
+
+
+@given(seeds(), st.integers(1, 5), st.integers(1, 5))
+def test_value_takes_more_or_fewer_fakes_than_data(seed, n, m):
+    _, D = smooth_nets(seed)
+    x, x_fake = normal(seed, n, 2), normal(seed + 1, m, 2)
+    f = unrolled.value(D, dict(D.named_parameters()), x, x_fake)
+    expected = D(x).sigmoid().log().mean() + (1 - D(x_fake).sigmoid()).log().mean()
+    assert_close(f, expected, rtol=0, atol=1e3 * EPS)  # logits of a few: 1 - σ loses e^5 or so
 
 
 @given(seeds(), st.floats(0.001, 0.05))

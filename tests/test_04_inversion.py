@@ -104,6 +104,23 @@ def test_a_start_that_ends_at_nan_loses_to_all_others(seed, n, r):
     a_start_that_ends_at_nan_loses(inversion.invert, seed, n, r)
 
 
+def test_a_nan_loses_to_an_infinite_error_too():
+    G = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4))).double().eval()
+    G[0].weight.data *= 1e200  # squares of its pictures are no float64
+    x, z0 = normal(1, 2, 1, 4, 4), normal(2, 2, 2, 3)
+    z0[:, 0] = math.nan
+    z, errors = inversion.invert(G, x, z0, 0, 0.1)
+    assert errors[:, 1].isinf().all() and torch.equal(z, z0[:, 1])
+
+
+def test_pictures_of_a_shape_that_g_does_not_draw_are_refused():
+    """They would broadcast: each picture with all, one for all, grey for colour."""
+    G, x, z0 = small_generator(0), normal(1, 4, 1, 4, 4), normal(2, 4, 2, 3)
+    for other in (x[:, 0], x[:1], x[:, :, :1], x.expand(4, 3, 4, 4)):
+        with pytest.raises(ValueError, match=r"\(8, 1, 4, 4\) and"):
+            inversion.invert(G, other, z0, 1, 0.1)
+
+
 def test_a_plain_argmin_is_found_out():
     def twin(G, x, z0, steps, lr):
         errors = inversion.invert(G, x, z0, steps, lr)[1]

@@ -109,6 +109,55 @@ def test_a_start_that_ends_at_nan_loses_to_all_others(seed, n, r):
     a_start_that_ends_at_nan_loses(restoration.restore, seed, n, r)
 
 
+def test_a_nan_loses_to_an_infinite_objective_too():
+    y, z0 = normal(1, 2, 1, 4, 4), normal(2, 2, 2, 3)
+    z0[:, 0], z0[:, 1] = math.nan, 1e200
+    z, objectives = restoration.restore(small_generator(0), y, torch.ones_like(y), z0, 0, 0.1, 0.2)
+    assert objectives[:, 1].isinf().all() and torch.equal(z, z0[:, 1])
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    """They would broadcast: each picture with every mask, one for all, grey for colour."""
+    G, z = small_generator(0), normal(2, 4, 3)
+    y, mask = normal(1, 4, 1, 4, 4), random_mask(1, 4, 4)
+    for bad_y, bad_mask in ((y[:, 0], mask), (y, mask[:, 0]), (y[:1], mask[:1]), (y, mask[0, 0]),
+                            (y, mask[:2]), (y.expand(4, 3, 4, 4), mask), (y, mask[:, :, :2])):
+        shapes = rf"\({', '.join(map(str, bad_mask.shape))}\) does not fit.*\(4, 1, 4, 4\)"
+        for refuse in (lambda: restoration.misfit(G, z, bad_y, bad_mask),
+                       lambda: restoration.restore(G, bad_y, bad_mask, z[:, None], 1, 0.1, 0.2),
+                       lambda: restoration.psnr(y, bad_y, bad_mask),
+                       lambda: restoration.share_of_wins(bad_y, y, y, bad_mask)):
+            with pytest.raises(ValueError, match=shapes):
+                refuse()
+    with pytest.raises(ValueError, match="does not fit"):
+        restoration.neighbours(y, mask[:, 0])
+
+
+@given(seeds(), st.sampled_from([torch.bool, torch.uint8, torch.int64, torch.float16]))
+def test_masks_of_every_type_and_as_large_as_the_pictures_hide_the_same(seed, dtype):
+    torch.manual_seed(seed)
+    G = nn.Sequential(nn.Linear(3, 48), nn.Unflatten(1, (3, 4, 4))).double().eval()
+    y, x, z = normal(seed, 2, 3, 4, 4), normal(seed + 1, 2, 3, 4, 4), normal(seed + 2, 2, 3)
+    one = random_mask(seed, 1, 4)
+
+    def all_of(mask):
+        return (restoration.misfit(G, z, y, mask), restoration.neighbours(y, mask),
+                torch.tensor(restoration.psnr(y, x, mask)),
+                torch.tensor(restoration.share_of_wins(y, x + 1, x, mask)),
+                restoration.restore(G, y, mask, z[:, None], 2, 0.1, 0.2)[1])
+
+    expected = all_of(one.expand(2, 1, 4, 4).clone())
+    for mask in (one.to(dtype), one.to(dtype).expand(2, 1, 4, 4), one.to(dtype).expand_as(y)):
+        assert all(torch.equal(a, b) for a, b in zip(all_of(mask), expected, strict=True))
+
+
+def test_psnr_of_half_precision_does_not_overflow():
+    """The sum of 245,760 ones is above the largest number of float16; their mean is 1."""
+    a, where = torch.ones(20, 3, 64, 64).half(), torch.ones(20, 1, 64, 64).half()
+    eps = torch.finfo(torch.float16).eps  # of 10 log10 4, in a few roundings
+    assert restoration.psnr(a, 0 * a, where) == pytest.approx(10 * math.log10(4), rel=4 * eps)
+
+
 def test_a_plain_argmin_is_found_out():
     def twin(G, y, mask, z0, *rest):
         objectives = restoration.restore(G, y, mask, z0, *rest)[1]

@@ -9,6 +9,7 @@ import cmath
 import importlib
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_a_check_that_meets_nan_confirms_nothing(source, monkeypatch):
     for name in theory.CLAIMS.keys() - SLOW:
         try:
             confirmed = theory.run(name, [0])[1]
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             confirmed = 0
         assert name not in met or not confirmed, name
     assert len(set(met)) >= 5
@@ -328,6 +329,33 @@ def test_convolution_gradients_are_autograds(case, seed):
     conv_gradients_are_autograds(conv_grads, case, seed)
 
 
+@pytest.mark.parametrize("x, w, y, kind", [
+    ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 2, 2), {}), ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 1), {}),
+    ((1, 1, 5, 5), (1, 1, 3, 3), (2, 1, 3, 3), {}), ((1, 1, 5, 5), (1, 1, 3, 3), (1, 2, 3, 3), {}),
+    ((1, 2, 5, 5), (1, 1, 3, 3), (1, 1, 3, 3), {}), ((1, 1, 2, 5), (1, 1, 3, 3), (1, 1, 0, 3), {}),
+    ((1, 2, 5, 5), (3, 1, 3, 3), (1, 3, 3, 3), dict(groups=2)),
+    ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 3), dict(stride=2)),
+    ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 3), dict(padding=(1, 0))),
+    ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 3), dict(dilation=2))])
+def test_convolution_gradients_of_sizes_that_do_not_fit_are_refused(x, w, y, kind):
+    """Such as no convolution has: a y of another side, batch, or channels, another x or groups."""
+    shapes = re.escape(f"of {x} with {w} does not give {y}")
+    with pytest.raises(ValueError, match=shapes):
+        theory.conv2d_grad_input(x, torch.ones(w), torch.ones(y), **kind)
+    with pytest.raises(ValueError, match=shapes):
+        theory.conv2d_grad_weight(torch.ones(x), w, torch.ones(y), **kind)
+
+
+@given(convolutions(), seeds())
+def test_it_does_not_matter_how_the_tensors_of_a_convolution_lie_in_memory(case, seed):
+    (x_shape, w_shape), kind = case
+    x, w = normal(seed, *x_shape), normal(seed + 1, *w_shape)
+    g = normal(seed + 2, *F.conv2d(x, w, **kind).shape)
+    lying = [a.transpose(2, 3).contiguous().transpose(2, 3) for a in (x, w, g)]
+    for a, b in zip(conv_grads(x, w, g, kind), conv_grads(*lying, kind)):
+        assert_close(a, b, rtol=0, atol=1e4 * EPS)  # the same few hundred terms in another order
+
+
 TWINS = {
     "kernel not turned": lambda x, w, g, kind: (
         conv_grads(x, w.flip(2, 3), g, kind)[0], conv_grads(x, w, g, kind)[1]),
@@ -459,6 +487,31 @@ def test_numeric_gradient_is_the_gradient(seed, n, eps):
     differences_are_the_gradient(theory.numeric_grad, seed, n, eps)
 
 
+@given(seeds(), st.sampled_from(["transposed", "channels last", "expanded", "0-d", "learned"]))
+def test_numeric_gradient_takes_tensors_however_they_lie_in_memory(seed, how):
+    x = {"transposed": lambda: normal(seed, 3, 2).T, "0-d": lambda: normal(seed, 1)[0],
+         "channels last": lambda: normal(seed, 2, 3, 2, 2).to(memory_format=torch.channels_last),
+         "expanded": lambda: normal(seed, 1, 2).expand(3, 2),
+         "learned": lambda: normal(seed, 3, 2).requires_grad_()}[how]()
+    before = x.clone()
+    got = theory.numeric_grad(lambda x: x.sin().sum(), x)
+    assert got.shape == x.shape and not got.requires_grad and torch.equal(x, before)
+    close(got, x.detach().cos(), 1e-11 + 4 * EPS * x.numel() / 6e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_numeric_gradient_refuses_what_rounds_the_step_away(dtype):
+    with pytest.raises(ValueError, match="float64"):
+        theory.numeric_grad(lambda x: (x ** 2).sum(), torch.tensor([3, 4], dtype=dtype))
+
+
+def test_the_steps_of_momentum_are_those_of_its_formula():
+    """newton_ravine's docstring: √κ / 2 log(1/ε) = 218, and 103 more."""
+    expected = 1000 ** 0.5 / 2 * math.log(1e6)
+    assert round(expected) == 218 and "218 and 103 more" in theory.newton_ravine.__doc__
+    assert theory.newton_ravine()[1].startswith(f"momentum {218 + 103}, ")
+
+
 def forward_differences(f, x, eps):
     return torch.stack([(f(x + eps * one) - f(x)) / eps for one in torch.eye(len(x)).to(x)])
 
@@ -578,6 +631,23 @@ def test_truncated_variance_is_the_integral(limit):
     variance_is_the_integral(theory.truncated_normal_variance, limit)
 
 
+@given(st.floats(1e-150, 1))
+def test_truncated_variance_of_small_limits_keeps_its_digits(limit):
+    """The same integral by a relative bound: it is the variance of a uniform law, limit² / 3."""
+    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
+    expected = limit ** 2 * ((density * NODES ** 2).sum() / density.sum())
+    assert_close(theory.truncated_normal_variance(limit), float(expected), rtol=100 * EPS, atol=0)
+
+
+def test_truncated_variance_rises_to_1_without_a_limit():
+    limits = [1 - 1e-9, 1.0, 1 + 1e-9, 2.0, 8.0, 38.0, 40.0, 1e200, math.inf]
+    found = [theory.truncated_normal_variance(limit) for limit in limits]
+    assert found == sorted(found) and found[-4:] == 4 * [1.0]
+    for limit in (0.0, -1.0, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="nothing lies"):
+            theory.truncated_normal_variance(limit)
+
+
 @pytest.mark.parametrize("twin", [lambda t: 1.0, lambda t: 1 - 2 * t * math.exp(-t * t / 2)
                                   / math.sqrt(2 * math.pi) / (1 + math.erf(t / 2 ** 0.5))])
 def test_wrong_truncated_variances_are_rejected(twin):
@@ -588,8 +658,10 @@ def merge_is_the_joined_batch(merge, seed, counts):
     """Variances are of numbers near offset: their rounding is that of the squares."""
     parts = [3 * i + normal(seed + i, n, 2) for i, n in enumerate(counts)]
     joined = torch.cat(parts)
-    mean, variance = merge(torch.tensor(counts).double(), torch.stack([p.mean(0) for p in parts]),
-                           torch.stack([p.var(0, correction=0) for p in parts]))
+    means = [p.mean(0) for p in parts]
+    variances = [((p - m) ** 2).mean(0) for p, m in zip(parts, means)]
+    mean, variance = merge(torch.tensor(counts).double(), torch.stack(means),
+                           torch.stack(variances))
     bound = 8 * len(joined) * EPS * joined.abs().max() ** 2 + 8 * len(joined) * EPS
     close(mean, joined.mean(0), bound)
     close(variance, joined.var(0, correction=0), bound)
@@ -598,6 +670,24 @@ def merge_is_the_joined_batch(merge, seed, counts):
 @given(seeds(), st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_merged_statistics_are_those_of_the_joined_batch(seed, counts):
     merge_is_the_joined_batch(theory.merge_batch_statistics, seed, counts)
+
+
+@given(seeds(), st.lists(st.integers(0, 3), min_size=1, max_size=5).filter(any),
+       st.sampled_from([torch.float64, torch.float32, torch.int64]))
+def test_empty_parts_have_no_say(seed, counts, dtype):
+    """Their own mean is nan. Counts may be whole numbers, and lose no digits of the means."""
+    merge_is_the_joined_batch(lambda n, m, v: theory.merge_batch_statistics(n.to(dtype), m, v),
+                              seed, counts)
+
+
+def test_a_merge_of_nothing_and_of_other_sizes_is_refused():
+    numbers = torch.zeros(2, 3)
+    for counts, means, variances in ((torch.zeros(2), numbers, numbers),
+                                     (torch.ones(3), numbers, numbers),
+                                     (torch.ones(2), numbers[:, 0], numbers[:, 0]),
+                                     (torch.ones(2), numbers, numbers[:, :1])):
+        with pytest.raises(ValueError, match="empty|do not fit"):
+            theory.merge_batch_statistics(counts, means, variances)
 
 
 @pytest.mark.parametrize("twin", [
@@ -637,6 +727,35 @@ def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
     close(theory.wasserstein_1d(x, y), cheapest, 4 * n * EPS * (x.abs() + y.abs()).max())
 
 
+@pytest.mark.parametrize("x, y", [((3, 1), (3, 1)), ((3,), (1,)), ((3,), (3, 1)), ((0,), (0,))])
+def test_distances_and_games_of_other_sizes_are_refused(x, y):
+    """A column would not be sorted, and one number is compared with all."""
+    x, y = torch.ones(x), torch.ones(y)
+    functions = [theory.wasserstein_1d]
+    if x.shape != y.shape:
+        functions += [theory.jensen_shannon, lambda x, y: theory.gan_value(x, x, y),
+                      lambda x, y: theory.gan_value(x, y, y)]
+    for function in functions:
+        with pytest.raises(ValueError, match=rf"\({x.shape[0]},.*\({y.shape[0]},"):
+            function(x, y)
+
+
+@given(seeds(), st.integers(1, 4), st.integers(1, 4))
+def test_a_sure_d_has_value_0_where_supports_are_apart(seed, n, m):
+    """2 JSD - log 4 = 0: nothing is mistaken, and 0 log 0 is 0."""
+    p = torch.cat([normal(seed, n).softmax(0), torch.zeros(m).double()])
+    q = torch.cat([torch.zeros(n).double(), normal(seed + 1, m).softmax(0)])
+    assert theory.gan_value(p / (p + q), p, q) == 0
+    close(theory.jensen_shannon(p, q), math.log(2), 8 * (n + m) * EPS)
+
+
+def test_entropy_of_a_sure_answer_is_0_and_of_no_probability_refused():
+    assert theory.binary_entropy(0.0) == theory.binary_entropy(1.0) == theory.binary_entropy(1) == 0
+    for p in (-0.1, 1.1):
+        with pytest.raises(ValueError):
+            theory.binary_entropy(p)
+
+
 def largest_root(trace, determinant):
     """Modulus of the larger root of λ² - trace λ + determinant."""
     root = cmath.sqrt(trace ** 2 / 4 - determinant)
@@ -674,6 +793,10 @@ def test_gradient_penalty_of_a_quadratic_critic(seed, b, d):
     size = ((x.abs() @ a.abs()).norm(dim=1) + 1).max() ** 2
     close(theory.gradient_penalty(lambda x: ((x @ a) * x).sum(1) / 2, x), expected,
           20 * (b + d) * EPS * size)
+    pictures = x[..., None, None].expand(b, d, 2, 3)  # 6 equal pixels, of each the gradient w
+    w = a[0]
+    close(theory.gradient_penalty(lambda x: x.sum(dim=(2, 3)) @ w, pictures),
+          (6 ** 0.5 * w.norm() - 1) ** 2, 20 * (b + d) * EPS * (1 + 6 * w @ w))
 
 
 def penalty_trains_the_critic(penalty, seed, b, d):
@@ -734,6 +857,28 @@ def test_frechet_distance_of_any_two_gaussians(seed, d):
     turn = torch.linalg.qr(normal(seed + 1, d, d))[0]
     close(theory.frechet_distance(turn @ mu_a, turn @ a @ turn.T, turn @ mu_b, turn @ b @ turn.T),
           expected, bound)
+
+
+def test_frechet_distance_refuses_other_sizes_and_what_is_not_finite():
+    mu, cov = torch.zeros(2), torch.eye(2)
+    for mu_b, cov_b in ((mu[:1], cov), (mu, cov[:1]), (mu[:, None], cov), (mu, cov[0])):
+        for first, second in (((mu, cov), (mu_b, cov_b)), ((mu_b, cov_b), (mu, cov))):
+            with pytest.raises(ValueError, match="do not fit"):
+                theory.frechet_distance(*first, *second)
+    for bad in (math.nan, math.inf):
+        for mu_b, cov_b in ((mu + bad, cov), (mu, cov + bad)):
+            with pytest.raises(ValueError, match="not finite"):
+                theory.frechet_distance(mu, cov, mu_b, cov_b)
+
+
+@given(seeds(), st.integers(2, 300), st.sampled_from([0.1, 1e-3, 777.7, -5.3]),
+       st.sampled_from([torch.float32, torch.float64]))
+def test_a_constant_column_has_no_variance_and_no_kurtosis(seed, n, value, dtype):
+    """The mean of 300 copies of 0.1 may be another number, and that must not be a variance."""
+    z = normal(seed, n, 2).to(dtype)
+    z[:, 0] = value
+    _, variance, kurtosis = theory.moments(z)
+    assert variance[0] == 0 and kurtosis[0].isnan() and kurtosis[1].isfinite()
 
 
 @given(seeds(), st.integers(2, 30), st.floats(0.1, 5), st.floats(-3, 3))
