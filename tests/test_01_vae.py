@@ -124,10 +124,10 @@ def test_a_loss_without_meaning_is_refused():
 def test_bounds_of_sizes_that_do_not_fit_are_refused(log_px, z):
     """Such as those of a picture each that has lost its dimension k: a mean over the batch."""
     mu, log_px, z = torch.zeros(4, 2), torch.zeros(log_px), torch.zeros(z)
-    with pytest.raises(ValueError, match=r"log_px must be \[k, B\]"):
+    with pytest.raises(ValueError, match=r"log_px_z must be \[k, B\]"):
         vae.iwae_bound(log_px, z, mu, mu)
     if log_px.shape != (1, 4):
-        with pytest.raises(ValueError, match=r"log_px must be \[k, B\]"):
+        with pytest.raises(ValueError, match=r"log_px_z must be \[k, B\]"):
             vae.negative_elbo(log_px, mu, mu)
 
 
