@@ -63,7 +63,7 @@ SIDES = {1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("b
 
 
 def stored(x, orientation):
-    """The pixels that a camera writes so that a viewer who obeys the orientation sees x [C, H, W]."""
+    """The pixels of a file whose viewer, if it obeys the orientation, shows x [C, H, W]."""
     row, column = SIDES[orientation]
     if "bottom" in (row, column):
         x = x.flip(1)
@@ -204,7 +204,8 @@ def test_colours_said_to_be_transparent_show_white(path, content, expected):
 
 @pytest.mark.parametrize("content", [
     png(2, 0, b"\x1b", (b"tRNS", b"\x00\x03")), png(4, 0, b"\x1f\x0c", (b"tRNS", b"\x00\x0f")),
-    png(16, 0, bytes(8), (b"tRNS", b"\x12\x34")), png(16, 2, bytes(24), (b"tRNS", b"\x12\x34" * 3))])
+    png(16, 0, bytes(8), (b"tRNS", b"\x12\x34")),
+    png(16, 2, bytes(24), (b"tRNS", b"\x12\x34" * 3))])
 def test_keys_that_pillow_misses_are_refused(path, capsys, content):
     path.write_bytes(content)
     one_line(capsys, lambda: common.open_picture(path, "L"), "transparent colour", "alpha channel")
@@ -251,7 +252,7 @@ def test_the_reason_is_said(path, capsys, make, words):
 def test_a_picture_above_the_limit_of_pixels_is_no_damaged_one(path, capsys, monkeypatch):
     Image.new("1", (300, 100)).save(path, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
-    assert pixels(path).shape == (3, 100, 300)  # above it Pillow warns, above twice as many it stops
+    assert pixels(path).shape == (3, 100, 300)  # Pillow warns above it, stops above twice as many
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     one_line(capsys, lambda: common.open_picture(path, "RGB"), "more than 20,000 pixels", "smaller")
 
@@ -386,7 +387,7 @@ def test_linked_folders_are_followed_without_loops_and_each_file_once(tmp_path, 
 
 @pytest.mark.parametrize("name, taken", [("a.gif", True), ("a.JPG", True), ("a.webp", True),
                                          ("a.heic", False), ("b.svg", False), ("c", False)])
-def test_what_is_left_out_by_its_suffix_is_said_with_its_number(tmp_path, load, capsys, name, taken):
+def test_what_is_left_out_by_its_suffix_is_counted(tmp_path, load, capsys, name, taken):
     file = tmp_path / "p" / name
     if taken:
         picture(file)
