@@ -381,6 +381,7 @@ def test_linked_folders_are_followed_without_loops_and_each_file_once(tmp_path, 
     (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "p" / "top").symlink_to(tmp_path / "p")
     (tmp_path / "p" / "above").symlink_to(tmp_path)
+    picture(tmp_path / "beside.png")  # above is a loop, not a folder of pictures
     (tmp_path / "p" / "twin.png").symlink_to("00.png")
     assert len(load().x) == 13 - 1
 
