@@ -114,8 +114,8 @@ def iwae_bound(log_px_z, z, mu, logvar):
     rises with k and tends to log p(x). Raises ValueError if the sizes do not fit.
     """
     if log_px_z.ndim != 2 or z.shape != (*log_px_z.shape, mu.shape[-1]):
-        raise ValueError(f"log_px_z must be [k, B] for z [k, B, d], not {tuple(log_px_z.shape)} for "
-                         f"{tuple(z.shape)}")
+        raise ValueError("log_px_z must be [k, B] for z [k, B, d], not "
+                         f"{tuple(log_px_z.shape)} for {tuple(z.shape)}")
     log_pz = -0.5 * (z ** 2).sum(dim=-1)
     log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)  # both without d/2 log 2π
     return torch.logsumexp(log_px_z + log_pz - log_q, dim=0) - math.log(len(z))

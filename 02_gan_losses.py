@@ -718,7 +718,8 @@ def check(args, images):
     for name in args.loss:
         method = METHODS[name]
         if images.y is None and method.labels is CGAN.labels:
-            common.fail(f"{name} needs labels, and {images.name} has none")
+            common.fail(f"{name} needs labels, and {images.name} has none: a folder's labels are its "
+                        "subfolders, two or more, with all pictures in them")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
         if issubclass(method, EBGAN):

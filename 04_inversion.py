@@ -321,8 +321,9 @@ def worst(x, x_rec, y):
     value, top, left = worst_window(x, x_rec, width)
     y = torch.zeros_like(top) if y is None else y
     groups = [(y == k).nonzero()[:, 0] for k in y.unique()]
-    chosen = torch.cat([group[value[group].argsort(descending=True)][:20 // len(groups)]
-                        for group in groups])
+    each = max(1, 20 // len(groups))
+    chosen = torch.cat([group[value[group].argsort(descending=True)][:each]
+                        for group in groups])[:20]
     top, left = (at[chosen].repeat_interleave(2) for at in (top, left))
     return framed(beside(x[chosen], x_rec[chosen]), top, left, width)
 

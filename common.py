@@ -5,10 +5,12 @@ All pictures are uint8 [N, C, H, W] in memory (0..255) and float32 in [-1, 1] in
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import errno
 import io
+import logging
 import math
 import os
 import shutil
@@ -17,19 +19,23 @@ import socket
 import sys
 import threading
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
 from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+PICTURE_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG",
+                   "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"}  # those with photos in them
 N_QUICK = 2000  # pictures of each part that --quick takes
 WIPE = "\r\033[K"  # on a terminal: back to the start of the line, and empty it
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "device", "resume"}
@@ -94,6 +100,8 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
         g.add_argument("--data-dir", type=Path, default=Path("data"),
                        help="where data sets are kept")
         g.add_argument("--size", type=number(int, 1), default=64, help="pixels a side, for folders")
+        g.add_argument("--skip", action="store_true",
+                       help="leave out what cannot be used of a folder: broken, or below --size")
         g.add_argument("--device", help="cpu, cuda, mps; if not given: the GPU if there is one")
         g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     g.add_argument("--out", type=Path, default=Path("out") / script, help="where results go")
@@ -436,7 +444,7 @@ class Images(NamedTuple):
 def load_images(args, device, train=True):
     """The data set that args.data names, as Images on `device`; says which source it took.
 
-    train: the training or the test part. Of a folder, every tenth picture is the test part.
+    train: the training or the test part.
     Sets args.data to what it took and args.train_stamp or test_stamp, so that a checkpoint knows.
     """
     with first_alone():  # what is downloaded, drawn or decoded is kept, and the others read it
@@ -469,17 +477,22 @@ def find_images(args, train):
                      "cifar10": "cifar-10-batches-py: the six batch files and batches.meta"}[name]
             fail(f"{name} cannot be downloaded: put it in {args.data_dir}/{where}, or use "
                  "--data digits")
-    elif Path(name).is_dir():
-        images = load_folder(Path(name), args.size, args.out, train)
+    elif os.path.isdir(name):
+        images = load_folder(args, Path(name), train)
+    elif os.path.exists(name):
+        fail(f"--data {shown(name)} is no folder: give the folder of the pictures, unpacked")
     else:
-        fail(f"--data {name}: neither a known data set (mnist, fashion, cifar10, digits; "
+        fail(f"--data {shown(name)}: neither a known data set (mnist, fashion, cifar10, digits; "
              "see --help) nor a folder")
     args.data = name
     return images
 
 
 def load_torchvision(name, root, train):
-    """MNIST, Fashion-MNIST or CIFAR-10 from `root`, downloaded if missing; None if impossible."""
+    """MNIST, Fashion-MNIST or CIFAR-10 from `root`, downloaded if missing; None if impossible.
+
+    Ends the run if files of it are there and cannot be read.
+    """
     kind, title = {"mnist": (datasets.MNIST, "MNIST"),
                    "fashion": (datasets.FashionMNIST, "Fashion-MNIST"),
                    "cifar10": (datasets.CIFAR10, "CIFAR-10")}[name]
@@ -487,62 +500,307 @@ def load_torchvision(name, root, train):
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
     try:
         for download in (False, True):
-            with contextlib.suppress(RuntimeError, OSError, ValueError, EOFError), \
-                    contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
                 data = kind(root, train=train, download=download)
-                x = torch.as_tensor(data.data)
+                x, y = torch.as_tensor(data.data), torch.as_tensor(data.targets)
                 x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-                return Images(x.contiguous(), torch.as_tensor(data.targets), title)
+                if len(x) == len(y):
+                    return Images(x.contiguous(), y, title)
     finally:
         socket.setdefaulttimeout(before)
+    wrong = wrong_file(kind, root)
+    if wrong:
+        fail(f"{title}: {wrong}, or use --data digits")
     return None
 
 
-def load_folder(folder, size, out, train):
-    """Every picture below `folder` as RGB, centre-cropped to a square and resized to `size`.
+def wrong_file(kind, root):
+    """What is wrong with the files of torchvision's data set `kind` below `root`, and what to do.
 
-    Decoded once, then kept in `out`/pictures.pt until a file of the folder changes.
+    None if no file of it is there.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-    if len(files) < 2:
-        fail(f"{folder} holds {len(files)} pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): "
-             "give a folder with at least 2")
-    if not train and len(files) < 10:
-        fail(f"{folder} holds {len(files)} pictures, and every tenth is kept for tests: give a "
-             "folder with at least 10")
-    stamp = [size, *((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
-    kept = out / "pictures.pt"
-    x = None
+    if kind is datasets.CIFAR10:
+        folder, archive = root / kind.base_folder, root / kind.filename
+        parts = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+        known = {folder / name: md5 for name, md5 in parts if folder.is_dir()} or {
+            file: kind.tgz_md5 for file in [archive] if file.exists()}
+        wrong = [relative(file) for file, md5 in known.items() if not check_integrity(file, md5)]
+        return f"{few(wrong)} is missing or damaged: put the true one there" if wrong else None
+
+    home, lengths = root / kind.__name__, {}
+    there = [file for file in sorted([*root.glob("*ubyte*"), *home.rglob("*ubyte*")])
+             if file.is_file()]
+    for archive, md5 in kind.resources if there else ():
+        packed = home / "raw" / archive
+        file = packed.with_suffix("")
+        if file in there:
+            try:
+                read = read_image_file if "images" in archive else read_label_file
+                lengths[archive.split("-idx")[0]] = len(read(file))
+            except Exception as e:
+                why = getattr(e, "strerror", None) or "it is damaged or cut off"
+                return f"{relative(file)} cannot be read ({why}): put the true one there"
+        elif packed in there and not check_integrity(packed, md5):
+            return f"{relative(packed)} is damaged or cut off: put the true one there"
+        elif packed not in there:
+            like = [other for other in there if other.name.replace(".", "-").startswith(file.name)]
+            return f"{relative(like[0])} has to be {relative(file)}: rename it" if like else \
+                   f"{relative(file)} is missing: put it there"
+    for part in ("train", "t10k"):
+        pictures, numbers = (lengths.get(f"{part}-{what}") for what in ("images", "labels"))
+        if None not in (pictures, numbers) and pictures != numbers:
+            return f"the {part} files in {relative(home / 'raw')} have {pictures} pictures and " \
+                   f"{numbers} labels: put the true ones there"
+    return f"the .gz files in {relative(home / 'raw')} cannot be unpacked there: unpack them" \
+        if there else None
+
+
+def load_folder(args, folder, train):
+    """Every picture below `folder` as RGB, centre-cropped to a square and resized to args.size.
+
+    Every tenth is the test part: of each label if there are labels(), which then follow each other
+    evenly, and the last picture of a label that has fewer than ten.
+    """
+    files, left_out = picture_files(folder, args.out)
+    pictures = decoded(args, folder, files)
+    bad = [shown(file.relative_to(folder)) for file in files if file not in pictures]
+    left_out += [f"{len(bad):,} that cannot be used ({few(bad)})"] * bool(bad)
+    left_out = f"left out {', '.join(left_out)}" if left_out else ""
+    if len(pictures) < 2:
+        fail(f"{shown(folder)} holds {len(pictures)} pictures: give a folder with at least 2"
+             + f" ({left_out})" * bool(left_out))
+    y, said = labels(folder, list(pictures))
+    for text in (left_out, said):
+        if text and train:  # said once
+            say(f"{shown(folder)}: {text}")
+
+    group = torch.zeros(len(pictures), dtype=torch.long) if y is None else y
+    counts = torch.bincount(group)
+    place = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]  # among its like
+    held_out = place % 10 == (9 if y is None else (counts - 1).clamp(max=9)[group])
+    order = ((place + 0.5).double() / counts[group]).argsort(stable=True)
+    chosen = order[held_out[order] != train]
+    if not len(chosen):
+        fail(f"{shown(folder)} holds {len(pictures)} pictures, and every tenth is kept for tests: "
+             "give a folder with at least 10")
+    x = list(pictures.values())
+    return Images(torch.stack([x[i] for i in chosen.tolist()]), None if y is None else y[chosen],
+                  shown(folder.resolve().name))
+
+
+def labels(folder, files):
+    """The labels of sorted `files`, int64 [N] or None, and what is to be said about them.
+
+    If all lie in subfolders of `folder`, two or more, and each of these holds two or more, then the
+    subfolders are the labels, in the order of their names.
+    """
+    parts = [file.relative_to(folder).parts for file in files]
+    counts = collections.Counter(part[0] for part in parts)
+    if len(counts) < 2 or any(len(part) == 1 for part in parts):
+        return None, ""
+    single = [shown(name) for name, n in counts.items() if n == 1]
+    if single:
+        return None, (f"no labels, since {len(single):,} of {len(counts):,} subfolders hold one "
+                      f"picture ({few(single)})")
+    number = {name: i for i, name in enumerate(counts)}
+    names = few([f"{i} {shown(name)}" for name, i in number.items()], 10)
+    return torch.tensor([number[part[0]] for part in parts]), f"labels {names}"
+
+
+def picture_files(folder, out):
+    """The picture files below `folder`, and what is left out, as a list of texts.
+
+    Files: {path: the path that links lead to}, sorted by name. What is hidden is passed over,
+    linked folders are followed, each file is taken once. What this run or another has written is no
+    data.
+    """
+    def refuse(e):
+        fail(f"{shown(e.filename)} cannot be read ({e.strerror}): change that, or move it away")
+
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items()
+                if kind in PICTURE_FORMATS and kind in Image.OPEN}
+    top, results = (Path(os.path.realpath(path)) for path in (folder, out))
+    if top == results:
+        fail(f"--out is {shown(folder)}, where the data lie: choose another")
+
+    def written(path):
+        return path.is_relative_to(results) and not top.is_relative_to(results)
+
+    files, others, no_files, runs, seen = {}, collections.Counter(), [], [], set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = Path(os.path.realpath(here))
+        root = here == str(folder)
+        above = top.is_relative_to(real)  # a link back: what it holds is not of this folder
+        if not root and (written(real) or above or real in seen or ".lock" in names):
+            folders.clear()
+            if ".lock" in names and not written(real):
+                runs.append(shown(here))
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted([*folders, *names]):
+            path = Path(here, name)
+            suffix = path.suffix.lower()
+            if is_hidden(name) or name in folders and suffix not in suffixes:
+                continue
+            if suffix not in suffixes:
+                others[suffix or "without suffix"] += 1
+            elif not path.is_file():
+                no_files.append(shown(path.relative_to(folder)))
+            elif (true := Path(os.path.realpath(path))) not in seen and not written(true):
+                seen.add(true)
+                files[path] = str(true)
+    left_out = [f"{n:,} {shown(suffix)}" for suffix, n in others.most_common(5)]
+    left_out += [f"{len(others) - 5} other kinds of files"] * (len(others) > 5)
+    left_out += [f"{len(no_files):,} that are no files ({few(no_files)})"] * bool(no_files)
+    left_out += [f"results of runs ({few(runs)})"] * bool(runs)
+    return dict(sorted(files.items(), key=lambda file: file[0].parts)), left_out
+
+
+def is_hidden(name):
+    """What an operating system puts beside the pictures."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def decoded(args, folder, files):
+    """{path: uint8 [3, size, size]} for those of `files`, see picture_files, that can be used.
+
+    All of them, or without --skip the end of the run, with one line. Kept in args.out/pictures.pt,
+    so that only what has changed since is decoded again.
+    """
+    def stamp(file):
+        stat = file.stat()
+        return f"{files[file]!a} {stat.st_size} {stat.st_mtime_ns}"
+
+    size, kept = args.size, args.out / "pictures.pt"
+    stamps = {file: stamp(file) for file in files}
+    known = {}
     with contextlib.suppress(Exception):  # a missing or broken file is made anew
-        cached = torch.load(kept, weights_only=True)
-        x = cached["x"] if cached["stamp"] == stamp else None
-    if x is None:
-        x = torch.stack([read_picture(path, size) for path in files])
-        save({"stamp": stamp, "x": x}, kept)
-    held_out = torch.arange(len(x)) % 10 == 9
-    return Images(x[~held_out if train else held_out], None, folder.name)
-
-
-def read_picture(path, size):
-    """One picture file as uint8 [3, size, size]."""
-    skip = f"to leave it out, rename it to {path.name}.skip"
+        saved = torch.load(kept, weights_only=True)
+        if saved["size"] == size:
+            known = dict(zip(saved["stamps"], saved["x"], strict=True))
+    pictures = {file: known.get(stamps[file]) for file in files}  # in their order
+    new = [file for file in files if pictures[file] is None]
+    bad, sides, show = {}, [], progress("reading pictures", len(new))
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        fail(f"{path} cannot be read as a picture; {skip}")
-    side = min(picture.size)
-    if side < size:
-        fail(f"{path} is {picture.width}x{picture.height}, smaller than --size {size}: "
-             f"use --size {side}, or {skip}")
-    return TF.pil_to_tensor(TF.resize(TF.center_crop(picture, side), [size, size]))
+        for i, file in enumerate(new, start=1):
+            try:
+                picture = read_picture(file, "RGB", "white")
+                side = min(picture.size)
+                if side < size:
+                    sides.append(side)
+                    raise ValueError(f"is {picture.width}x{picture.height}")
+                pictures[file] = TF.pil_to_tensor(
+                    TF.resize(TF.center_crop(picture, side), [size, size]))
+            except ValueError as e:
+                bad[file] = f"{shown(file.relative_to(folder))} {e}"
+            show(i)
+    finally:  # after Ctrl-C too: what has been decoded is not lost
+        pictures = {file: picture for file, picture in pictures.items() if picture is not None}
+        if any(file in pictures for file in new):
+            save({"size": size, "stamps": [stamps[file] for file in pictures],
+                  "x": torch.stack(list(pictures.values()))}, kept)
+    if bad and not args.skip:
+        small = f"--size {fitting(min(sides))} takes those that are smaller than {size}, " \
+            if sides and min(sides) > 3 else ""
+        fail(f"{len(bad):,} of {len(files):,} pictures in {shown(folder)} cannot be used: "
+             f"{few(list(bad.values()))}; {small}--skip leaves all such out")
+    return pictures
+
+
+def few(texts, n=3):
+    """The first n texts, and how many there are besides."""
+    return ", ".join(texts[:n]) + f" and {len(texts) - n:,} more" * (len(texts) > n)
+
+
+def shown(text):
+    """The text or path for printing: on one line, whatever characters or bytes it is made of."""
+    return str(text) if str(text).isprintable() else ascii(str(text))
+
+
+def open_picture(path, mode, ground="white", skip=""):
+    """The picture file at `path` as a PIL image of the mode "L" or "RGB", 8 bits, upright.
+
+    Turned by its EXIF orientation; 16-bit grey is scaled to 8 bits; transparent parts show `ground`
+    ("white" for pictures, "black" for masks); of an animated file the first frame. Ends the run
+    with one line that names the file and the true reason if it cannot be read faithfully (32-bit
+    and float pictures whose range is not known, truncated files, files above Pillow's pixel limit);
+    skip: what the line says about leaving it out.
+    """
+    try:
+        return read_picture(path, mode, ground)
+    except ValueError as e:
+        fail(f"{shown(path)} {e}" + f"; {skip}" * bool(skip))
+
+
+def read_picture(path, mode, ground):
+    """open_picture(), but raises ValueError with the reason: "cannot be read ..."."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError("there is no such file")
+        with quiet(), Image.open(path) as picture:
+            return flattened(picture, mode, ground)
+    except Image.DecompressionBombError:
+        reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit: make " \
+                 "it smaller"
+    except UnidentifiedImageError:
+        reason = "it is damaged, or in no format that Pillow reads"
+    except Exception as e:  # Pillow raises all kinds for damaged files
+        reason = getattr(e, "strerror", None) or shown(str(e) or "it is damaged")
+    raise ValueError(f"cannot be read as a picture ({reason})")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Within it Pillow and its libraries write nothing: they read a file, or raise."""
+    log = logging.getLogger("PIL")
+    with contextlib.ExitStack() as after, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after.callback(log.setLevel, log.level)
+        log.setLevel(logging.CRITICAL)
+        if sys.__stderr__:  # libtiff writes there, past Python
+            stderr = os.dup(2)
+            after.callback(os.close, stderr)
+            after.callback(os.dup2, stderr, 2)
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 2)
+        yield
+
+
+def flattened(picture, mode, ground):
+    """An open picture upright, in `mode`, over the colour `ground`; see open_picture."""
+    tags = getattr(picture, "tag_v2", {})  # TIFF: 339 signed or float, 258 bits, 262: 0 is black
+    deep = picture.mode.startswith("I;16") or (
+        picture.mode == "I" and picture.format in ("PNG", "PPM"))  # their white is 65,535
+    if (set(tags.get(339, (1,))) != {1} or picture.mode in ("I", "F") and not deep
+            or deep and (tags.get(258, (16,)), tags.get(262, 1)) != ((16,), 1)):
+        raise ValueError("which of its values is white is not known: save it with 8 or 16 bits, "
+                         "unsigned, 0 for black")
+    if (picture.format == "PNG" and picture.mode != "P" and "transparency" in picture.info
+            and ";" in str(picture.tile)):  # a colour of 2, 4 or 16 bits, compared with one of 8
+        raise ValueError("Pillow misses its transparent colour: save it with an alpha channel")
+    ImageOps.exif_transpose(picture, in_place=True)
+    if deep:
+        picture = picture.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        if not picture.getchannel("A").getbbox():
+            raise ValueError("all of it is transparent")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+    return picture.convert("RGB").convert(mode)
+
+
+def fitting(side):
+    """The largest side up to `side`, from 4 on, that halving it down to 4 to 7 leaves whole."""
+    times = 2 ** max(1, int(math.log2(side / 4)))
+    return max(4, side // times * times)
 
 
 def check_side(images):
     """Ends the run if halving the side as often as the networks do, to 4 to 7, leaves a rest."""
     side = images.x.shape[2]
-    times = 2 ** max(1, int(math.log2(side / 4)))
-    fits = max(4, side // times * times)
+    fits = fitting(side)
     if side != fits:
         fail(f"the pictures are {side}x{side}, the networks draw {fits}x{fits}: use --size {fits}")
 

@@ -656,3 +656,11 @@ def test_labels_are_asked_for_only_where_there_are_some(tmp_path, digits_dir, ca
     run(tmp_path / "code", digits_dir, *flags, "--loss", "infogan")  # makes its codes up
     one_line(capsys, lambda: run(tmp_path / "guess", digits_dir, *flags, "--loss", "acgan"),
              "acgan needs labels")
+    for i in range(12):
+        picture = tmp_path / "p" / f"{i:02}.png"
+        picture.parent.joinpath(f"kind{i % 3}").mkdir(exist_ok=True)
+        picture.rename(picture.parent / f"kind{i % 3}" / picture.name)
+    run(tmp_path / "told", digits_dir, *flags, "--loss", "cgan", "acgan")
+    G = torch.load(tmp_path / "told" / "weights_cgan.pt")
+    assert "labels 0 kind0, 1 kind1, 2 kind2" in capsys.readouterr().out
+    assert next(iter(G.values())).shape[1] == losses.Z + 3  # it sees three labels

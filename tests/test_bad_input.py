@@ -49,9 +49,9 @@ def test_folders(script, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(script, ["--data", tmp_path / "empty"], "holds 0 pictures")
     refused(script, pictures(tmp_path, lambda file: file.write_bytes(b"no picture")), "07.png",
-            ".skip")
+            "--skip")
     Image.new("RGB", (31, 90)).save(tmp_path / "p" / "07.png")
-    refused(script, ["--data", tmp_path / "p", "--size", 32], "07.png", "31x90", "--size 31")
+    refused(script, ["--data", tmp_path / "p", "--size", 32], "07.png", "31x90", "--size 28")
 
 
 @every_script

@@ -333,14 +333,14 @@ def test_empty_folder_gives_one_line(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", None])
-def test_corrupt_picture_is_named_with_how_to_skip_it(capsys, tmp_path, content):
+def test_corrupt_picture_is_named_with_how_to_leave_it_out(capsys, tmp_path, content):
     write_folder(tmp_path / "p")
     broken = tmp_path / "p" / "deep" / "03.png"
     broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
-    one_line(capsys, load(tmp_path, "--data", tmp_path / "p", "--size", 16), "03.png", ".skip")
-    assert not (tmp_path / "out" / "pictures.pt").exists()
-    broken.rename(f"{broken}.skip")
-    assert len(load(tmp_path, "--data", tmp_path / "p", "--size", 16)().x) == 10
+    flags = ["--data", tmp_path / "p", "--size", 16]
+    one_line(capsys, load(tmp_path, *flags), "1 of 12", "03.png", "--skip")
+    assert len(load(tmp_path, *flags, "--skip")().x) == 10
+    assert "left out 1 that cannot be used (deep/03.png)" in capsys.readouterr().out
 
 
 def test_small_picture_is_named(capsys, tmp_path):
