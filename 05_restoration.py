@@ -23,7 +23,6 @@ import math
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
@@ -332,20 +331,11 @@ def noise_study(args, G, pool, x):
 
 # --- a picture of one's own --------------------------------------------------------------------
 
-def read(path, mode):
-    """A picture file in the mode "L" or "RGB": float [C, H, W] in 0 to 1."""
-    try:
-        with Image.open(path) as file:
-            return TF.to_tensor(file.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        common.fail(f"{path} cannot be read as a picture")
-
-
 def read_mask(path, height, width):
     """1 = seen, 0 = hidden, [1, H, W], from a picture in which the hidden pixels are white."""
     if path is None:
         return torch.ones(1, height, width)
-    mask = (read(path, "L") < 0.5).float()
+    mask = (TF.to_tensor(common.open_picture(path, "L", "black")) < 0.5).float()
     if mask.shape[1:] != (height, width):
         common.fail(f"{path} is {mask.shape[2]}x{mask.shape[1]}, the picture is {width}x{height}: "
                     "a mask has the size of its picture")
@@ -355,34 +345,135 @@ def read_mask(path, height, width):
     return mask
 
 
+def cut(args, x, mask, top, left, height, width, size):
+    """A part of x [C, H, W] and of its mask, resized; what hidden pixels hold does not matter."""
+    x, hidden = (TF.resized_crop(a, top, left, height, width, size, antialias=True)
+                 for a in (x * mask, 1 - mask))  # beyond the rim: 0, and seen
+    mask = (hidden < 0.1).float()  # a pixel is seen if nine tenths of it are
+    if not mask.any():
+        common.fail(f"{args.mask} hides all that is left of the picture at {size[1]}x{size[0]}")
+    return x / (1 - hidden).clamp(min=0.9), mask
+
+
+def over_squares(pool, x, side):
+    """F.max_pool2d or F.avg_pool2d of x [1, H, W] over the square of an odd side at each pixel."""
+    rows = pool(x, (side, 1), 1, (side // 2, 0))
+    return pool(rows, (1, side), 1, (0, side // 2))
+
+
+def darkness(x, mask):
+    """The share of its ground's light that each pixel of a grey x lacks: [1, H, W], 0 to 1.
+
+    Light ink is inverted: it differs more from the mean around it than its ground does. A stroke is
+    thinner than a quarter of the picture, so squares of this side show the ground beside it: the
+    ground of a pixel is the lightest one of the darkest square that holds it (a closing). It
+    follows a shadow, and no stroke.
+    """
+    side = min(x.shape[1:]) // 8 * 2 + 1
+    mean, seen = (over_squares(F.avg_pool2d, a, side) for a in (x * mask, mask))
+    if torch.where(mask == 1, (x - mean / seen) ** 3, 0.0).sum() > 0:
+        x = 1 - x
+    light = over_squares(F.max_pool2d, torch.where(mask == 1, x, -math.inf), side)
+    ground = -over_squares(F.max_pool2d, torch.where(light == -math.inf, light, -light), side)
+    return torch.where(mask == 1, (ground - x) / ground.clamp(min=1e-6), 0.0)
+
+
+def otsu(values):
+    """The cut through values [N] in 0 to 1 that parts two classes best (Otsu 1979).
+
+    It has the largest n1 n2 (mean1 - mean2)², which is N² times the variance between the classes.
+    """
+    n, at = torch.histc(values, 256, 0, 1).double(), (torch.arange(256) + 0.5) / 256
+    n1, sum1 = n.cumsum(0), (n * at).cumsum(0)
+    n2, sum2 = n1[-1] - n1, sum1[-1] - sum1
+    between = n1 * n2 * (sum1 / n1.clamp(min=1) - sum2 / n2.clamp(min=1)) ** 2
+    return (between.argmax() + 1) / 256
+
+
+def pieces(where):
+    """Numbers [1, H, W], the same for all pixels of a connected piece of `where`; 0 elsewhere."""
+    numbers = torch.arange(1.0, where.numel() + 1).view(where.shape) * where
+    while True:  # a pixel takes the highest number beside it, then that of the pixel it began at
+        higher = F.max_pool2d(numbers, 3, 1, 1) * where
+        higher = torch.cat([torch.zeros(1), higher.flatten()])[higher.long()]
+        if torch.equal(higher, numbers):
+            return numbers.long()
+        numbers = higher
+
+
+def box(where):
+    """Of the true pixels of [1, H, W]: the first row and column, how many rows and columns."""
+    rows, columns = (where[0].any(dim=d).nonzero()[:, 0].tolist() for d in (1, 0))
+    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+
+
+def find_digit(args, x, mask):
+    """The digit in a grey photo x [1, H, W]: its ink, 1 on 0, and its box.
+
+    Ends the run if there is none, or if it is cut off; says what else may be wrong.
+    """
+    dark = darkness(x, mask)
+    ink = dark[(mask == 1) & (dark > otsu(dark[mask == 1]))]
+    pen = ink[ink > otsu(ink)].mean()  # not the ink's mean: soft rims and ruled lines are paler
+    if not pen >= 0.1:  # grain takes a twentieth of the light, a pale pencil a fifth; nan: no ink
+        common.fail(f"{args.image} is of one colour: there is no digit to see")
+    ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 1/4 of the pen or less is ground, 3/4 or more ink
+    stroke = ink > 0.5  # a pixel that the pen covers by half has half of its darkness
+    number = pieces(stroke | (mask == 0))  # a stroke may go on where it is hidden
+    amount = torch.bincount(number.flatten(), stroke.flatten())
+    largest = number == amount.argmax()
+    # the bar of a 5 is an eighth of it and nearer than a quarter of its length; a speck is smaller
+    reach = max(box(largest & stroke)[2:]) // 4 * 2 + 1
+    near = torch.isin(torch.arange(len(amount)),
+                      number[over_squares(F.max_pool2d, largest.float(), reach) == 1])
+    no_speck = amount > amount.max() / 20
+    mine = (near & no_speck)[number] & stroke
+    top, left, rows, columns = box(mine)
+    if not (0 < top < x.shape[1] - rows and 0 < left < x.shape[2] - columns):
+        common.fail(f"what looks like ink touches the rim of {args.image}: show a whole digit, on "
+                    "a sheet that fills the photo")
+    if (no_speck & ~near).any():
+        print(f"{args.image} shows more than one thing: the one with the most ink is taken; cut "
+              "the photo if the digit is another")
+    if mask[0, top:top + rows, left:left + columns].mean() < 0.5:
+        print(f"{args.mask} hides more than half of the digit: its size and middle are those of "
+              "what is left")
+    soft = over_squares(F.max_pool2d, mine.float(), max(rows, columns) // 20 * 2 + 1)
+    return ink * soft, top, left, rows, columns  # with the strokes' rims, one of G's pixels wide
+
+
 def own_picture(args, c, side):
     """--image and --mask in G's form: x [1, C, side, side] in [-1, 1], mask [1, 1, side, side].
 
     In colour: the middle square. In grey a digit is brought into the form of MNIST: light on dark,
-    the ink's longer side 20 pixels of 28, centred on its mass. What hidden
+    the ink's longer side 20 pixels of 28, its centre of mass on pixel 14 of 0 to 27. What hidden
     pixels hold does not matter.
     """
-    x = read(args.image, "RGB" if c == 3 else "L")
-    mask = read_mask(args.mask, *x.shape[1:])
-    size = min(x.shape[1:])
-    top, left = (x.shape[1] - size) // 2, (x.shape[2] - size) // 2
+    x = TF.to_tensor(common.open_picture(args.image, "RGB" if c == 3 else "L", "white"))
+    height, width = x.shape[1:]
+    mask = read_mask(args.mask, height, width)
+    size = min(height, width)
+    top, left = (height - size) // 2, (width - size) // 2
     if c == 1:
-        ink = (x - x[mask == 1].median()).abs() * mask
-        full = ink.flatten().kthvalue(math.ceil(0.995 * ink.numel())).values.clamp(min=1e-6)
-        x = ((ink / full - 0.25) / 0.5).clamp(0, 1)  # paper is never even
-        rows, columns = ((x[0] > 0.5).any(dim=d).nonzero()[:, 0] for d in (1, 0))
-        if not len(rows):
-            common.fail(f"{args.image} is of one colour: there is no digit to see")
-        size = math.ceil(1.4 * (1 + max(rows.max() - rows.min(), columns.max() - columns.min())))
-        middle = [((x[0].sum(dim=d) * torch.arange(x.shape[2 - d])).sum() / x.sum()).item()
-                  for d in (1, 0)]
-        top, left = (math.floor(at + 1 - size / 2) for at in middle)  # a pixel's middle: + 1/2
-    x, hidden = (TF.resized_crop(a, top, left, size, size, [side, side], antialias=True)
-                 for a in (x, 1 - mask))
-    mask = (hidden[None] < 0.1).float()
-    if not mask.any():
-        common.fail(f"{args.mask} hides all that is left of the picture at {side}x{side}")
-    return 2 * x[None] - 1, mask
+        scale = 512 / max(height, width)  # a digit that is an 18th of the photo has 28 pixels
+        x, mask = cut(args, x, mask, 0, 0, height, width,
+                      [math.ceil(scale * height), math.ceil(scale * width)])
+        x, *corner, rows, columns = find_digit(args, x, mask)
+        longer = max(rows, columns)
+        if longer < max(1, scale) * side / 2:
+            common.fail(f"the ink in {args.image} is {longer / max(1, scale):.0f} pixels long, and "
+                        f"{side / 2:.0f} is the least: go nearer, or cut the photo down to it")
+        size = math.ceil(1.4 * longer)
+        mass = [(x[0].sum(dim=d) @ torch.arange(1.0 * x.shape[2 - d]) / x.sum()).item()
+                for d in (1, 0)]
+        top, left = (min(max(math.floor(at + 1 - 14.5 / 28 * size), first + n - size), first)
+                     for at, first, n in zip(mass, corner, (rows, columns)))  # all ink inside
+    x, mask = cut(args, x, mask, top, left, size, size, [side, side])
+    if mask.all():
+        why = f"{args.mask} hides nothing that G sees" if args.mask else "there is no --mask"
+        print(f"{why}: G redraws the whole digit, blind; a mask of the photo's size, white where "
+              "the photo is damaged and black elsewhere, would have that alone repaired")
+    return torch.where(mask == 1, 2 * x - 1, -1.0)[None], mask[None]
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -416,11 +507,18 @@ def noise_figure(args, name, results):
 
 
 def own_figure(args, G, pool, x, mask):
-    """own.png: the reader's picture, what is hidden, and what each method makes of it."""
-    pictures = repair_by_all(args, G, pool, torch.where(mask == 1, x, -1.0), mask, "your picture")
-    pictures = {"as G sees it": pictures.pop("nothing"), "hidden": 1 - 2 * mask} | pictures
+    """own.png: the photo, the reader's picture, what is hidden, what each method makes of it."""
+    photo = common.open_picture(args.image, "RGB", "white")
+    photo.thumbnail((600, 600))  # a panel has fewer pixels
+    pictures = {"photo": TF.pil_to_tensor(photo)[None], "as G sees it": common.to_uint8(x)}
+    if mask.all():
+        made = {"blind": repair(args, G, pool, x, mask, args.lam, "your picture, blind")}
+    else:
+        made = {"hidden": 1 - 2 * mask} | repair_by_all(args, G, pool, x, mask, "your picture")
+        del made["nothing"]
+    pictures |= {name: common.to_uint8(picture) for name, picture in made.items()}
     common.save_panels(args.out / "own.png", [("", [
-        (name, common.panel(common.to_uint8(picture))) for name, picture in pictures.items()])])
+        (name, common.panel(picture)) for name, picture in pictures.items()])])
 
 
 # --- main --------------------------------------------------------------------------------------
