@@ -364,10 +364,10 @@ def over_squares(pool, x, side):
 def darkness(x, mask):
     """The share of its ground's light that each pixel of a grey x lacks: [1, H, W], 0 to 1.
 
-    Light ink is inverted: it differs more from the mean around it than its ground does. A stroke is
-    thinner than a quarter of the picture, so squares of this side show the ground beside it: the
-    ground of a pixel is the lightest one of the darkest square that holds it (a closing). It
-    follows a shadow, and no stroke.
+    Ink covers less than its ground and so differs more from the mean around it: if it is the
+    lighter one, x is inverted. A stroke is thinner than a quarter of the picture, so that every
+    square of this side shows some ground. The ground of a pixel is the lightest pixel of the
+    square around it in which that is darkest (a closing): it follows a shadow, and no stroke.
     """
     side = min(x.shape[1:]) // 8 * 2 + 1
     mean, seen = (over_squares(F.avg_pool2d, a, side) for a in (x * mask, mask))
@@ -408,7 +408,7 @@ def box(where):
 
 
 def find_digit(args, x, mask):
-    """The digit in a grey photo x [1, H, W]: its ink, 1 on 0, and its box.
+    """The digit in a grey photo x [1, H, W]: its ink, 1 on 0, then top, left, rows and columns.
 
     Ends the run if there is none, or if it is cut off; says what else may be wrong.
     """
@@ -439,7 +439,7 @@ def find_digit(args, x, mask):
         print(f"{args.mask} hides more than half of the digit: its size and middle are those of "
               "what is left")
     soft = over_squares(F.max_pool2d, mine.float(), max(rows, columns) // 20 * 2 + 1)
-    return ink * soft, top, left, rows, columns  # with the strokes' rims, one of G's pixels wide
+    return ink * soft, top, left, rows, columns  # soft rims stay, as wide as one of G's pixels
 
 
 def own_picture(args, c, side):
@@ -455,7 +455,7 @@ def own_picture(args, c, side):
     size = min(height, width)
     top, left = (height - size) // 2, (width - size) // 2
     if c == 1:
-        scale = 512 / max(height, width)  # a digit that is an 18th of the photo has 28 pixels
+        scale = 384 / max(height, width)  # fast, and G's 20 pixels are a 19th of it
         x, mask = cut(args, x, mask, 0, 0, height, width,
                       [math.ceil(scale * height), math.ceil(scale * width)])
         x, *corner, rows, columns = find_digit(args, x, mask)

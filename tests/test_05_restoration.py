@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
+from torchvision.transforms import functional as TF
 
 import common
 from harness import (all_white, folder_of_pictures, killed_after, one_line, rejected, results,
@@ -381,10 +383,10 @@ def own(image, mask=None):
     return restoration.own_picture(args, 1, 28)
 
 
-@settings(max_examples=10)
-@given(st.integers(0, 80), st.integers(0, 45), st.booleans())
+@settings(max_examples=4)
+@given(st.integers(1, 80), st.integers(1, 45), st.booleans())
 def test_a_photo_is_brought_into_the_form_of_mnist(tmp_path_factory, x, y, light):
-    """Light on dark, 20 pixels high, centred on its mass, wherever it was, dark or light."""
+    """Light on dark, 20 pixels high, its mass on pixel 14, wherever it was, dark or light."""
     folder = tmp_path_factory.mktemp("photos")
     found, mask = own(photo(folder / "a.png", light, at=(x, y)))
     reference, _ = own(photo(folder / "b.png"))
@@ -395,7 +397,142 @@ def test_a_photo_is_brought_into_the_form_of_mnist(tmp_path_factory, x, y, light
     assert 19 <= rows.max() - rows.min() + 1 <= 21
     for d in (0, 1):
         middle = (ink.sum(dim=1 - d) * torch.arange(28)).sum() / ink.sum()
-        assert abs(middle.item() - 13.5) < 1
+        assert abs(middle.item() - 14) < 0.5
+
+
+# What a telephone makes of a digit on paper. Lengths in pixels, brightness from 0 to 1.
+PLAIN = dict(way=common.STROKES[3][0], size=(640, 480), at=(320, 240), length=200, pen=18, turn=0,
+             paper=0.85, ink=0.15, vignette=0.1, shadow=0.0, rules=0.0, grain=0.01, dust=0,
+             quality=90, orientation=1)
+PHOTOS = {
+    "dark pen": dict(way="28,4 20,44 20,44 58,36 90,64 62,97 6,90 / 45,0 95,-4"),  # a bar apart
+    "uneven light": dict(way=common.STROKES[2][0], vignette=0.6),
+    "shadow of a phone": dict(way=common.STROKES[8][0], shadow=0.55),
+    "ruled paper": dict(way=common.STROKES[4][0], rules=0.25, length=150, pen=14),
+    "turned": dict(way=common.STROKES[7][0], turn=12, at=(250, 260)),
+    "on its side": dict(orientation=6, vignette=0.3),
+    "small": dict(way=common.STROKES[0][0], size=(1280, 960), at=(900, 700), length=100, pen=9,
+                  dust=12),
+    "near the edge": dict(way=common.STROKES[9][1], at=(560, 130), vignette=0.4),
+    "JPEG": dict(way=common.STROKES[6][0], quality=8, length=160, pen=14, at=(200, 260)),
+    "light pen on dark": dict(way=common.STROKES[5][1], paper=0.15, ink=0.85, vignette=0.5),
+    "thin and pale": dict(way=common.STROKES[1][3], pen=8, ink=0.5, grain=0.03, vignette=0.3),
+    "all at once": dict(way=common.STROKES[3][1], shadow=0.45, rules=0.2, turn=-8, grain=0.03,
+                        dust=12, quality=30, orientation=8, at=(400, 200)),
+}
+
+
+def pen_on_paper(way, size, at, length, pen, turn):
+    """The share of each pixel that a pen `pen` pixels wide covers, [H, W]."""
+    points, matrix = common.pen_matrix(way, 600)
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    line = length * (matrix @ points - 0.5) @ torch.tensor([[0.65 * cos, 0.65 * sin], [-sin, cos]])
+    sheet = Image.new("L", (2 * size[0], 2 * size[1]))
+    draw = ImageDraw.Draw(sheet)
+    for x, y in (2 * (line + torch.tensor(at))).tolist():
+        draw.ellipse((x - pen, y - pen, x + pen, y + pen), fill=255)
+    return TF.to_tensor(sheet.reduce(2))[0]
+
+
+def photograph(path, **changes):
+    """Writes a photo; returns the share of each upright pixel that the pen covers, [H, W]."""
+    p, rng = PLAIN | changes, generator(0)
+    width, height = p["size"]
+    pen = pen_on_paper(*(p[key] for key in ("way", "size", "at", "length", "pen", "turn")))
+    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
+    shadow = torch.minimum(30 * (0.3 + 0.2 * x - y), 30 * (x + 0.1)).sigmoid()  # a soft corner
+    light = (1 - p["vignette"] * ((x - 0.3) ** 2 + y ** 2) / 2.7) * (1 - p["shadow"] * shadow)
+    specks = (torch.rand(height, width, generator=rng) * height * width < p["dust"]).float()
+    paper = p["paper"] * (1 - 0.6 * F.max_pool2d(specks[None], 5, 1, 2)) \
+        * (1 - p["rules"] * (torch.arange(height) % 40 < 3).float()[:, None])
+    scene = light * (paper + (p["ink"] - paper) * pen) * torch.tensor([1, 0.97, 0.9])[:, None, None]
+    scene += p["grain"] * torch.randn(scene.shape, generator=rng)
+    turn = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[p["orientation"]]
+    picture, exif = TF.to_pil_image(scene.clamp(0, 1)), Image.Exif()
+    exif[0x0112] = p["orientation"]
+    (picture if turn is None else picture.transpose(turn)).save(path, quality=p["quality"],
+                                                                exif=exif)
+    return pen
+
+
+def in_the_form_of_mnist(pen):
+    """By Pillow: the longer side 20 pixels of 28, the centre of mass in the middle of pixel 14."""
+    rows, columns = ((pen > 0.5).any(dim=d).nonzero()[:, 0] for d in (1, 0))
+    size = 1.4 * (1 + max(rows.max() - rows.min(), columns.max() - columns.min())).item()
+    mass = [(pen.sum(dim=d) @ (torch.arange(1.0 * pen.shape[1 - d]) + 0.5) / pen.sum()).item()
+            for d in (1, 0)]
+    top, left = (500 + at - 14.5 / 28 * size for at in mass)
+    sheet = TF.to_pil_image(F.pad(pen, (500, 500, 500, 500)))  # Pillow cuts inside of pictures only
+    return TF.to_tensor(sheet.resize((28, 28), Image.Resampling.BOX,
+                                     (left, top, left + size, top + size)))[0]
+
+
+def a_photo_becomes_what_the_pen_drew(see, path, changes):
+    """In a trial the small digit reached a correlation of 0.96, with its middle off by 0.3 pixels,
+    and all others 0.986 and 0.1; the wrong twin reached 0.35 at most where it is found out."""
+    pen = in_the_form_of_mnist(photograph(path, **changes))
+    ink = (see(path)[0][0, 0] + 1) / 2
+    rows, columns = ((ink > 0.5).any(dim=d).nonzero()[:, 0] for d in (1, 0))
+    assert 19 <= 1 + max(rows.max() - rows.min(), columns.max() - columns.min()) <= 21
+    for d in (0, 1):
+        assert abs((ink.sum(dim=d) @ torch.arange(28.0) / ink.sum()).item() - 14) < 0.5
+    assert torch.corrcoef(torch.stack([ink.flatten(), pen.flatten()]))[0, 1] > 0.95
+    far = F.max_pool2d(pen[None], 5, 1, 2)[0] < 0.05  # more than two pixels from the pen
+    assert ink[far].mean() < 0.001
+
+
+@pytest.mark.parametrize("changes", PHOTOS.values(), ids=PHOTOS)
+def test_a_photo_becomes_what_the_pen_drew(tmp_path, changes):
+    a_photo_becomes_what_the_pen_drew(own, tmp_path / "a.jpg", changes)
+
+
+def by_distance_from_the_median(path):
+    """Ink is what differs from the median of the photo by a quarter of the most, paper or not."""
+    x = TF.to_tensor(common.open_picture(path, "L", "white"))
+    ink = (x - x.median()).abs()
+    full = ink.flatten().kthvalue(math.ceil(0.995 * ink.numel())).values
+    x = ((ink / full - 0.25) / 0.5).clamp(0, 1)
+    rows, columns = ((x[0] > 0.5).any(dim=d).nonzero()[:, 0] for d in (1, 0))
+    size = math.ceil(1.4 * (1 + max(rows.max() - rows.min(), columns.max() - columns.min())))
+    top, left = (math.floor((x[0].sum(dim=d) @ torch.arange(1.0 * x.shape[2 - d]) / x.sum()).item()
+                            + 1 - 14.5 / 28 * size) for d in (1, 0))
+    return 2 * TF.resized_crop(x, top, left, size, size, [28, 28], antialias=True)[None] - 1, None
+
+
+@pytest.mark.parametrize("name", ["uneven light", "shadow of a phone", "ruled paper", "small",
+                                  "near the edge", "thin and pale", "all at once"])
+def test_one_grey_for_all_paper_is_found_out(tmp_path, name):
+    assert rejected(a_photo_becomes_what_the_pen_drew, by_distance_from_the_median,
+                    tmp_path / "a.jpg", PHOTOS[name])
+
+
+@given(st.lists(st.integers(0, 255), min_size=2, max_size=40).filter(lambda v: len(set(v)) > 1))
+def test_otsu_leaves_the_least_variance_within_both_classes(values):
+    """Its own words (Otsu 1979, eq. 16): most between the classes is least within them."""
+    x = (torch.tensor(values) + 0.5).double() / 256
+
+    def within(cut):
+        return sum(((part - part.mean()) ** 2).sum().item() for part in (x[x < cut], x[x >= cut]))
+    best = min(within(cut) for cut in x.unique()[1:])
+    assert within(restoration.otsu(x)) == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@given(seeds(), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.2, 0.4, 0.6]))
+def test_pieces_are_what_a_walk_over_the_pixels_reaches(seed, height, width, share):
+    where = torch.rand(1, height, width, generator=generator(seed)) < share
+    number = restoration.pieces(where)
+    left = {(i, j) for _, i, j in where.nonzero().tolist()}
+    assert ((number > 0) == where).all()
+    pieces = 0
+    while left:
+        walk = [left.pop()]
+        for i, j in walk:
+            beside = left & {(i + k, j + m) for k in (-1, 0, 1) for m in (-1, 0, 1)}
+            left -= beside
+            walk += beside
+        assert len({number[0, i, j].item() for i, j in walk}) == 1
+        pieces += 1
+    assert len(number[number > 0].unique()) == pieces
 
 
 def scribble(path, size, box):
@@ -417,6 +554,31 @@ def test_what_lies_under_the_mask_decides_nothing(tmp_path):
     assert not torch.allclose(own(tmp_path / "b.png")[0], a)
 
 
+def test_nothing_of_a_colour_photo_leaks_from_under_the_mask(tmp_path):
+    """Not even into the pixels at its rim, of which a tenth may be hidden."""
+    mask = scribble(tmp_path / "m.png", (120, 90), (41, 22, 70, 61))
+    found = []
+    for colour in ("black", "red"):
+        picture = Image.new("RGB", (120, 90), (90, 130, 20))
+        picture.paste(colour, (41, 22, 70, 61))
+        picture.save(tmp_path / "a.png")
+        args = restoration.parse_args(["--image", str(tmp_path / "a.png"), "--mask", str(mask)])
+        found.append(restoration.own_picture(args, 3, 32))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_a_mask_lies_on_the_upright_photo(tmp_path):
+    """The same digit, taken upright and on its side, under the same mask."""
+    mask = scribble(tmp_path / "m.png", (640, 480), (300, 130, 350, 200))
+    seen = []
+    for orientation in (1, 6, 8):
+        photograph(tmp_path / "a.jpg", orientation=orientation)
+        seen.append(own(tmp_path / "a.jpg", mask))
+    for x, hidden in seen[1:]:
+        assert_close(x, seen[0][0], rtol=0, atol=0.2)  # JPEG's blocks fall elsewhere
+        assert torch.equal(hidden, seen[0][1]) and not hidden.all()
+
+
 def test_a_mask_is_moved_with_its_picture(tmp_path):
     """A third of the stroke covered, below its middle: about seven of its twenty rows."""
     _, mask = own(photo(tmp_path / "a.png"),
@@ -432,6 +594,42 @@ def test_a_mesh_that_touches_every_pixel_of_the_digit_is_refused(tmp_path, capsy
     Image.fromarray(mesh.numpy()).save(tmp_path / "mesh.png")
     image = photo(tmp_path / "a.png", stroke=9)
     one_line(capsys, lambda: own(image, tmp_path / "mesh.png"), "mesh.png", "28x28")
+
+
+def test_photos_without_a_whole_digit_get_one_line(tmp_path, capsys):
+    for changes, words in (
+            (dict(at=(320, 30)), ["rim", "a.jpg"]), (dict(at=(-5, 240)), ["rim", "a.jpg"]),
+            (dict(at=(9999, 240), grain=0, vignette=0), ["one colour", "a.jpg"]),
+            (dict(length=15, pen=3, grain=0, vignette=0), ["pixels long", "14", "nearer"])):
+        photograph(tmp_path / "a.jpg", **changes)
+        one_line(capsys, lambda: own(tmp_path / "a.jpg"), *words)
+
+
+def test_what_may_be_wrong_is_said(tmp_path, capsys):
+    """A second digit far off; a mask over more than half of the ink's box; one beside the digit."""
+    photograph(tmp_path / "a.jpg", way=common.STROKES[0][0])
+    half = scribble(tmp_path / "half.png", (640, 480), (260, 160, 380, 320))
+    aside = scribble(tmp_path / "aside.png", (640, 480), (0, 0, 50, 50))
+    two = Image.open(tmp_path / "a.jpg")
+    two.paste("black", (60, 200, 75, 300))
+    two.save(tmp_path / "two.jpg")
+    for flags, said in ((("a.jpg",), ["no --mask"]), (("a.jpg", half), ["more than half"]),
+                        (("a.jpg", aside), ["aside.png hides nothing"]),
+                        (("two.jpg",), ["more than one thing", "no --mask"])):
+        own(tmp_path / flags[0], *flags[1:])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(said) and all(map(str.__contains__, lines, said))
+
+
+@pytest.mark.parametrize("name", ["dark pen", "turned", "near the edge"])
+def test_a_digit_in_the_form_of_mnist_stays_as_it_is(tmp_path, name):
+    """MNIST's own test digits have a correlation of 0.96 with what they become, and 0.85 at least:
+    at 28x28 the grey rims of strokes are blurred once more."""
+    photograph(tmp_path / "a.jpg", **PHOTOS[name])
+    x = (own(tmp_path / "a.jpg")[0][0, 0] + 1) / 2
+    TF.to_pil_image(x).save(tmp_path / "b.png")
+    again = (own(tmp_path / "b.png")[0][0, 0] + 1) / 2
+    assert torch.corrcoef(torch.stack([x.flatten(), again.flatten()]))[0, 1] > 0.85
 
 
 def test_a_colour_picture_is_cut_to_its_middle(tmp_path):
@@ -602,7 +800,9 @@ def test_ones_own_mask_and_picture(tmp_path, digits_dir, capsys):
         patch.setattr(common, "save_panels", lambda path, rows, *rest: drawn.append(
             (path.name, [title for title, _ in rows[0][1]])) or save(path, rows, *rest))
         run(tmp_path, digits_dir, "--image", str(image), "--mask", str(mask))
-    assert drawn == [("own.png", ["as G sees it", "hidden", "neighbours", "blind", "known mask"])]
+        run(tmp_path, digits_dir, "--image", str(image))
+    assert drawn == [("own.png", ["photo", "as G sees it", "hidden", "neighbours", "blind",
+                                  "known mask"]), ("own.png", ["photo", "as G sees it", "blind"])]
 
 
 def test_bad_pictures_and_masks_get_one_line(tmp_path, digits_dir, capsys):
