@@ -408,7 +408,7 @@ PHOTOS = {
     "dark pen": dict(way="28,4 20,44 20,44 58,36 90,64 62,97 6,90 / 45,0 95,-4"),  # a bar apart
     "uneven light": dict(way=common.STROKES[2][0], vignette=0.6),
     "shadow of a phone": dict(way=common.STROKES[8][0], shadow=0.55),
-    "ruled paper": dict(way=common.STROKES[4][0], rules=0.25, length=150, pen=14),
+    "ruled paper": dict(way=common.STROKES[4][0], rules=0.3, length=110, pen=8),
     "turned": dict(way=common.STROKES[7][0], turn=12, at=(250, 260)),
     "on its side": dict(orientation=6, vignette=0.3),
     "small": dict(way=common.STROKES[0][0], size=(1280, 960), at=(900, 700), length=100, pen=9,
@@ -555,7 +555,7 @@ def test_what_lies_under_the_mask_decides_nothing(tmp_path):
 
 
 def test_nothing_of_a_colour_photo_leaks_from_under_the_mask(tmp_path):
-    """Not even into the pixels at its rim, of which a tenth may be hidden."""
+    """Not even into the pixels at its rim, of which a tenth may be hidden; nor does black."""
     mask = scribble(tmp_path / "m.png", (120, 90), (41, 22, 70, 61))
     found = []
     for colour in ("black", "red"):
@@ -565,6 +565,9 @@ def test_nothing_of_a_colour_photo_leaks_from_under_the_mask(tmp_path):
         args = restoration.parse_args(["--image", str(tmp_path / "a.png"), "--mask", str(mask)])
         found.append(restoration.own_picture(args, 3, 32))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    x, seen = found[0]
+    for channel, value in zip(x[0], (90, 130, 20)):
+        assert (channel[seen[0, 0] == 1] - (2 * value / 255 - 1)).abs().max() < 1e-5  # rounding
 
 
 def test_a_mask_lies_on_the_upright_photo(tmp_path):
@@ -613,12 +616,24 @@ def test_what_may_be_wrong_is_said(tmp_path, capsys):
     two = Image.open(tmp_path / "a.jpg")
     two.paste("black", (60, 200, 75, 300))
     two.save(tmp_path / "two.jpg")
+    found = []
     for flags, said in ((("a.jpg",), ["no --mask"]), (("a.jpg", half), ["more than half"]),
                         (("a.jpg", aside), ["aside.png hides nothing"]),
                         (("two.jpg",), ["more than one thing", "no --mask"])):
-        own(tmp_path / flags[0], *flags[1:])
+        found.append(own(tmp_path / flags[0], *flags[1:])[0])
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == len(said) and all(map(str.__contains__, lines, said))
+    assert_close(found[3], found[0], rtol=0, atol=0.2)  # the second digit left out, JPEG aside
+
+
+def test_all_ink_stays_inside_though_its_mass_is_far_from_its_middle(tmp_path):
+    """A blot with a long tail: centred on its mass alone, a sixth of the tail would be cut off."""
+    sheet = Image.new("L", (400, 300), 220)
+    sheet.paste(20, (60, 125, 120, 185))
+    sheet.paste(20, (120, 153, 320, 157))
+    sheet.save(tmp_path / "a.png")
+    columns = (own(tmp_path / "a.png")[0][0, 0] > -0.8).any(dim=0).nonzero()[:, 0]
+    assert 19 <= columns.max() - columns.min() + 1 <= 21
 
 
 @pytest.mark.parametrize("name", ["dark pen", "turned", "near the edge"])
