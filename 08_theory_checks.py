@@ -21,6 +21,7 @@ Run      python 08_theory_checks.py
          python 08_theory_checks.py --only optimal-d double-sigmoid
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -344,63 +345,43 @@ def dropout_place():
     return "ReLU: not 0", f"ReLU {relu:g}, sigmoid {sigmoid:g}", relu == 0 and sigmoid > 0
 
 
-def pair(value):
-    """2 -> (2, 2); pairs stay."""
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def strided_view(x, u, v, size, stride, dilation):
-    """The pixels of x [B, C, H, W] that kernel entry (u, v) meets, one for each output [H', W']."""
-    top, left = u * dilation[0], v * dilation[1]
-    return x[:, :, top:top + (size[0] - 1) * stride[0] + 1:stride[0],
-             left:left + (size[1] - 1) * stride[1] + 1:stride[1]]
-
-
-def check_conv(x_size, w_size, y_size, stride, padding, dilation, groups):
+def check_conv(x_size, w_size, y_size, **how):
     """Raises ValueError unless the convolution of x with w gives y."""
-    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d
-             in zip(x_size[2:], w_size[2:], stride, padding, dilation)]
-    if (tuple(y_size) != (x_size[0], w_size[0], *sides) or min(sides) < 1 or w_size[0] % groups
-            or x_size[1] != groups * w_size[1]):
-        raise ValueError(f"{groups} groups: the convolution of {tuple(x_size)} with "
-                         f"{tuple(w_size)} does not give {tuple(y_size)}")
+    x, w = (torch.empty(*size, device="meta") for size in (x_size, w_size))  # sizes, no numbers
+    with contextlib.suppress(RuntimeError):  # torch's, if they do not fit at all
+        if F.conv2d(x, w, **how).shape == tuple(y_size) and w_size[0] % how["groups"] == 0:
+            return
+    raise ValueError(f"{how['groups']} groups: the convolution of {tuple(x_size)} with "
+                     f"{tuple(w_size)} does not give {tuple(y_size)}")
 
 
 def conv2d_grad_input(input_size, weight, grad_output, stride=1, padding=0, dilation=1, groups=1):
     """∂L/∂x of y = conv2d(x, weight): each ∂L/∂y goes back, times w, to the pixels it came from.
 
-    ∂L/∂x[c, i s + u d - p] += Σ_o weight[o, c, u, v] ∂L/∂y[o, i]. Arguments and result as in
-    torch.nn.grad.conv2d_input: input_size [B, C, H, W], weight [O, C / groups, h, w], grad_output
-    [B, O, H', W']; stride, padding and dilation are a number or a pair. Raises ValueError if the
+    On one axis ∂L/∂x[i s + u d - p] += w[u] ∂L/∂y[i], for output i, kernel entry u, stride s,
+    dilation d and padding p. Arguments and result as in torch.nn.grad.conv2d_input: input_size
+    [B, C, H, W], weight [O, C / groups, h, w], grad_output [B, O, H', W']. Raises ValueError if the
     sizes do not fit."""
-    stride, (ph, pw), dilation = pair(stride), pair(padding), pair(dilation)
-    check_conv(input_size, weight.shape, grad_output.shape, stride, (ph, pw), dilation, groups)
-    b, c, h, w = input_size
-    padded = grad_output.new_zeros(b, c, h + 2 * ph, w + 2 * pw)
-    grad = grad_output.unflatten(1, (groups, -1))        # [B, g, O/g, H', W']
-    for u, v in itertools.product(*map(range, weight.shape[2:])):
-        w_uv = weight[:, :, u, v].unflatten(0, (groups, -1))  # [g, O/g, C/g]
-        part = torch.einsum("bgohw,goc->bgchw", grad, w_uv).flatten(1, 2)
-        strided_view(padded, u, v, grad_output.shape[2:], stride, dilation).add_(part)
-    return padded[:, :, ph:ph + h, pw:pw + w]
+    check_conv(input_size, weight.shape, grad_output.shape, stride=stride, padding=padding,
+               dilation=dilation, groups=groups)
+    grad = grad_output.flatten(2).unflatten(1, (groups, -1))         # [B, g, O/g, H' W']
+    w = weight.flatten(1).unflatten(0, (groups, -1))                 # [g, O/g, C/g h w]
+    patches = torch.einsum("bgol,gok->bgkl", grad, w).flatten(1, 2)  # [B, C h w, H' W']
+    return F.fold(patches, input_size[2:], weight.shape[2:], dilation, padding, stride)
 
 
 def conv2d_grad_weight(input, weight_size, grad_output, stride=1, padding=0, dilation=1, groups=1):
-    """∂L/∂w of y = conv2d(input, w): each weight meets a strided view of the image.
+    """∂L/∂w of y = conv2d(input, w): each weight meets one pixel of every patch of the image.
 
-    ∂L/∂w[o, c, u, v] = Σ_{b, i} input[b, c, i s + u d - p] ∂L/∂y[b, o, i]. Arguments and result as
-    in torch.nn.grad.conv2d_weight: input [B, C, H, W], weight_size [O, C / groups, h, w]. Raises
-    ValueError if the sizes do not fit."""
-    stride, (ph, pw), dilation = pair(stride), pair(padding), pair(dilation)
-    check_conv(input.shape, weight_size, grad_output.shape, stride, (ph, pw), dilation, groups)
-    padded = F.pad(input, (pw, pw, ph, ph))
-    grad = grad_output.unflatten(1, (groups, -1))        # [B, g, O/g, H', W']
-    grad_weight = grad_output.new_zeros(weight_size)
-    for u, v in itertools.product(*map(range, weight_size[2:])):
-        seen = strided_view(padded, u, v, grad_output.shape[2:], stride, dilation)
-        grad_weight[:, :, u, v] = torch.einsum("bgohw,bgchw->goc", grad,
-                                               seen.unflatten(1, (groups, -1))).flatten(0, 1)
-    return grad_weight
+    On one axis ∂L/∂w[u] = Σ_i input[i s + u d - p] ∂L/∂y[i], as above, summed over the batch.
+    Arguments and result as in torch.nn.grad.conv2d_weight: input [B, C, H, W], weight_size
+    [O, C / groups, h, w]. Raises ValueError if the sizes do not fit."""
+    check_conv(input.shape, weight_size, grad_output.shape, stride=stride, padding=padding,
+               dilation=dilation, groups=groups)
+    patches = F.unfold(input, weight_size[2:], dilation, padding, stride)
+    patches = patches.unflatten(1, (groups, -1))                     # [B, g, C/g h w, H' W']
+    grad = grad_output.flatten(2).unflatten(1, (groups, -1))         # [B, g, O/g, H' W']
+    return torch.einsum("bgol,bgkl->gok", grad, patches).reshape(weight_size)
 
 
 def true_convolution(a, b, padding=0):
