@@ -2,16 +2,17 @@ r"""02 - GAN losses: eleven losses for D and G, and one loop.
 
 Papers   Goodfellow et al. 2014, arXiv:1406.2661; each method names its own.
 Idea     A generator G draws pictures from noise z. A discriminator D gives each
-         picture a score, the logit a; σ(a) says how real the picture looks.
+         picture a score, the logit a; the sigmoid σ(a) is how real it looks.
          D climbs E log σ(a(x)) + E log(1 - σ(a(G(z))))               -> bce_d()
          G descends E log(1 - σ(a)); its slope in a is -σ(a), near 0 where D is
          sure of a fake                                           -> minimax_g()
          G climbs E log σ(a) instead: slope 1 - σ(a)        -> nonsaturating_g()
-         The others put another question to D       -> lsgan_d(), wgan_d(), ...
+         Others: squares (lsgan), distance (wgan, wgan-gp), penalty (dragan),
+         labels (cgan, acgan, infogan), an autoencoder's error (ebgan, began)
 See      samples.png: what each G draws from the same z. saturation.png: three
-         GANs whose D is far ahead; the G of minimax stands still. curves.png.
-         Printed: how many classes G draws, by the nearest training picture, and
-         a hint when both losses stand still and the reason is known.
+         GANs whose D is far ahead; the G of minimax stands still (with a larger
+         eps in Adam, which would hide it). Printed: how many classes G draws,
+         and a hint when both losses stand still and the reason is known.
 Differs  D has no batch norm, so that every score is of one picture alone. Adam
          for all, at rates that fall along a cosine. WGAN makes 3 steps of D to
          one of G and WGAN-GP 2 (in the papers 5). See the class of a method.
@@ -41,14 +42,15 @@ N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared w
 
 # --- the idea ----------------------------------------------------------------------------------
 # The losses of D and G, both to be minimised, means over the batch. real, fake [B]: D's scores of
-# data and of G's pictures, which are logits, or for EBGAN and BEGAN reconstruction errors.
+# data and of G's pictures, which are logits, or for EBGAN and BEGAN reconstruction errors. The
+# argument generator is a torch.Generator of random numbers, not G.
 
 def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
     """-E[y log σ(real) + (1 - y) log(1 - σ(real))] - E[the same of fake], labels y and y'.
 
-    y = real_label, y' = 1 - real_label for labels 0 and 1 (flipped labels) and else 0 (one-sided
-    smoothing, Salimans et al. 2016). label_noise = w makes both uniform, of width w
-    around these values; those of the reals are drawn first. The loss is linear in the labels, so
+    y = real_label; y' = 0, or 1 where real_label is 0 (flipped labels). A real_label between the
+    two is one-sided smoothing (Salimans et al. 2016). label_noise = w makes both uniform, of width
+    w around these values; those of the reals are drawn first. The loss is linear in the labels, so
     this noise leaves the mean of the gradient as it is. In nats; without noise at least the entropy
     of real_label, and 2 log 2 = 1.386 if D says 1/2 to all.
     """
@@ -80,8 +82,8 @@ def lsgan_g(fake):
 
 
 def wgan_d(real, fake):
-    """E fake - E real (Arjovsky 2017). Minus this estimates K W1(data, fakes), where W1 is the
-    Wasserstein distance and K the largest slope of D."""
+    """E fake - E real (Arjovsky 2017). Minus this is at most K W1, K the largest slope of D, and
+    equal to it for the best D; W1: the least mean distance to move the fakes onto the data."""
     return fake.mean() - real.mean()
 
 
@@ -118,8 +120,8 @@ def gradient_penalty(critic, x_real, x_fake, target=1.0, generator=None):
 def dragan_penalty(critic, x_real, generator=None):
     """E (‖∇critic(x + δ)‖ - 1)² near the data alone (Kodali et al. 2017).
 
-    δ as in the authors' code, not the Gaussian of the paper: α σ u / 2, u uniform in [0, 1) for
-    each pixel, α for each example. σ is the standard deviation of the pixels of the example, where
+    δ as in the authors' code, not the Gaussian of the paper: α s u / 2, u uniform in [0, 1) for
+    each pixel, α for each example. s is the standard deviation of the pixels of the example, where
     theirs is that of the whole batch.
     """
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
@@ -312,7 +314,7 @@ class Minimax:
 
 
 class Nonsaturating(Minimax):
-    """nonsaturating: G climbs log D(G(z)) instead (Goodfellow et al. 2014, section 3)."""
+    """nonsaturating: G climbs log σ of the score instead (Goodfellow et al. 2014, section 3)."""
     g = staticmethod(nonsaturating_g)
 
 
@@ -355,7 +357,7 @@ class DRAGAN(Nonsaturating):
 class CGAN(Nonsaturating):
     """cgan: G and D are told the label (Mirza, Osindero 2014).
 
-    D adds to its score the second one that it has for this label (Miyato, Koyama 2018).
+    The score of x with label y is score(x) + guess(x)[y] (after Miyato, Koyama 2018).
     """
     sees_labels = True
 
@@ -556,7 +558,7 @@ def generate(G, z):
 def readings(method, G, D, x, x_fake, y):
     """What the log keeps beside the losses, after a step of G; D without its dropout.
 
-    D(x), D(G(z)): means of what D says of data and fakes. slope: Σ |∂loss_G/∂score|, which is the
+    D(x), D(G(z)): means of method.read of the scores, σ of logits. slope: Σ |∂loss_G/∂score|, the
     mean slope of a score, since the loss is a mean. gradient: the norm of what reached G's weights.
     """
     D.eval()
@@ -577,7 +579,7 @@ def readings(method, G, D, x, x_fake, y):
 def fingerprint(loss_d, loss_g, real_label=1.0):
     """The likely cause of two losses that stand still, or None if none is known.
 
-    loss_d is the sum over both halves, both losses by bce_d and minimax_g or nonsaturating_g, nats;
+    loss_d: by bce_d, the sum for data and fakes; loss_g: by minimax_g or nonsaturating_g; nats;
     loss_g is compared without its sign, which is minimax_g's alone.
     """
     entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
@@ -660,7 +662,7 @@ def figures(args, images, done, log):
 def draw_slopes(ax, log):
     """|d loss_G / d score| against D(G(z)): by formula (lines), measured while training (dots).
 
-    minimax: D, nonsaturating: 1 - D, lsgan, whose score is D itself: 2 (1 - D).
+    With p = D(G(z)): minimax p, nonsaturating 1 - p, lsgan, whose score itself is p, 2 (1 - p).
     """
     p = torch.linspace(0, 1, 2)
     for colour, (name, slope) in enumerate({"minimax": p, "nonsaturating": 1 - p,
@@ -718,8 +720,8 @@ def check(args, images):
     for name in args.loss:
         method = METHODS[name]
         if images.y is None and method.labels is CGAN.labels:
-            common.fail(f"{name} needs labels, and {images.name} has none: a folder's labels are its "
-                        "subfolders, two or more, with all pictures in them")
+            common.fail(f"{name} needs labels, and {images.name} has none: a folder's labels are "
+                        "its subfolders, two or more, with all pictures in them")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
         if issubclass(method, EBGAN):
