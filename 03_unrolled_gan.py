@@ -3,7 +3,7 @@ r"""03 - Unrolled GAN: let G see how D will answer.
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
 Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))); D returns logits
          and climbs f, G descends it                                  -> value()
-Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j)   -> unroll()
+Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j) -> unroll()
          G descends f(θ_G, θ_D^k(θ_G)); then D takes one step from θ_D
                                                            -> unrolled_loss_g()
          k = 0 is the plain GAN, which may draw one mode (cluster) alone: mode

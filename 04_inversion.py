@@ -3,7 +3,7 @@ r"""04 - Inversion: given a picture x, find the z from which G draws it.
 Papers   Creswell, Bharath 2016, arXiv:1611.05644 (z by gradient descent);
          Lipton, Tripathi 2017, arXiv:1702.04782 (a generator's own pictures);
          Zhu et al. 2016, arXiv:1609.03552 (an encoder first, then descent)
-Idea     z* = argmin_z ‖G(z) - x‖², the best of several starts       -> invert()
+Idea     z* = argmin_z ‖G(z) - x‖², the best of several starts    -> invert()
          An encoder E that guesses z descends
          mean (E(G(z)) - z)² + mean (G(E(x)) - x)²            -> encoder_loss()
          Hybrid: E(x) is the only start, with as many steps as all random ones.

@@ -2,7 +2,7 @@ r"""05 - Restoration: repair a damaged picture with a trained generator G.
 
 Papers   Yeh et al. 2017, arXiv:1607.07539 (the pixels that were seen choose z);
          Bora et al. 2017, arXiv:1703.03208 (min ‖A G(z) - y‖² + λ ‖z‖²)
-Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖², m = 1 where y was seen, else 0
+Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖², m is 1 where y was seen
                                                                    -> restore()
          If y = G(z) + noise of variance λ, z* is the most probable z given y.
          The repaired picture is m y + (1 - m) G(z*).

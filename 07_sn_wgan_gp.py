@@ -8,7 +8,7 @@ Idea     W1(p, q) = max of E_p D - E_q D over all D of slope <= 1  -> wgan_d()
          or divide each layer by its largest singular value -> spectral_norm()
          or add 10 E (‖∇D(x̂)‖ - 1)² to D's loss      -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)) for classes y        -> inception_score()
-         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)        -> frechet_distance()
+         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)      -> frechet_distance()
 See      samples.png; scores.png: both scores and D's slope while training;
          truncation.png. On MNIST the FID is 70 for vanilla, 79 for wgan-gp and
          116 for wgan: where the plain GAN is stable, these ways do not help.
