@@ -10,8 +10,8 @@ Idea     W1(p, q) = max of E_p D - E_q D over all D of slope <= 1  -> wgan_d()
          IS = exp E KL(p(y|x) ‖ p(y)) for classes y        -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)      -> frechet_distance()
 See      samples.png; scores.png: both scores and D's slope while training;
-         truncation.png. On MNIST the FID is 70 for vanilla, 79 for wgan-gp and
-         116 for wgan: where the plain GAN is stable, these ways do not help.
+         truncation.png. On MNIST the FID is 76 for vanilla, 87 for wgan-gp and
+         111 for wgan: where the plain GAN is stable, these ways do not help.
 Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine; one step of D to
          one of G. The papers have rates up to 2e-4 and often five steps of D.
          Grey pictures are scored by a small classifier of the data in place of
