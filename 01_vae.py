@@ -35,6 +35,7 @@ MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
 STUDY = 0.05                     # the last four: this share of steps (160) and test pictures (50)
 N_TEST = 1000                    # test pictures in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
+SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -215,7 +216,8 @@ def observed(objective, x):
 # --- train -------------------------------------------------------------------------------------
 
 # `run` does what is no mathematics: run.batches shuffles the data, run.steps counts 1, 2, ... and
-# saves what it is given, so that --resume can go on, and run.log shows and keeps the numbers.
+# saves what it is given, so that --resume can go on, run.log shows and keeps the numbers, and
+# run.shoot adds pictures to process.png.
 
 def train(run, args, objective, images):
     """Trains one VAE; returns it, and the codes [n_samples, d_z] of its samples."""
@@ -242,6 +244,9 @@ def train(run, args, objective, images):
         rate.step()
         run.log(loss=loss, kl=kl_standard_normal(mu, logvar).mean(),
                 mse=F.mse_loss(logits[0].sigmoid(), x01))
+        if run.at(SHOTS):
+            run.shoot(generate(net.eval(), z_fixed[:36]))
+            net.train()
 
     return net.eval(), z_fixed
 

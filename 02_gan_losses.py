@@ -23,20 +23,25 @@ Run      python 02_gan_losses.py    (minimax, nonsaturating, lsgan, each twice)
 
 import functools
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import common
 
-ADAM_BETAS = (0.0, 0.999)
-LAMBDA = 10.0                    # weight of wgan-gp's and dragan's penalty: as in their papers
-CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
+ADAM_BETAS = (0.0, 0.9)
+SMALL = 1024                     # numbers in a picture up to which networks are fully connected
+HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
+LAMBDA = 1.0                     # weight of wgan-gp's and dragan's penalty: in their papers 10
+CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
 MARGIN = 0.3                     # ebgan: for errors that are roots of mean squares
 GAMMA, LAMBDA_K = 0.9, 0.1       # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
-Z, LABEL = 64, 3.0               # entries of z; what the 1 of a one-hot label is multiplied by
+LABEL = 3.0                      # what the 1 of a one-hot label is multiplied by
+SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
 
 
@@ -55,8 +60,10 @@ def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
     of real_label, and 2 log 2 = 1.386 if D says 1/2 to all.
     """
     fake_label = 1.0 - real_label if real_label in (0, 1) else 0.0
-    y, y_fake = (label + label_noise * (torch.rand(len(a), generator=generator).to(a) - 0.5)
-                 for label, a in ((real_label, real), (fake_label, fake)))
+    y, y_fake = torch.full_like(real, real_label), torch.full_like(fake, fake_label)
+    if label_noise:  # else no random number is drawn
+        y, y_fake = (label + label_noise * (torch.rand(len(label), generator=generator).to(label)
+                                            - 0.5) for label in (y, y_fake))
     bce = F.binary_cross_entropy_with_logits
     return bce(real, y) + bce(fake, y_fake)
 
@@ -174,60 +181,66 @@ def began_convergence(real_error, fake_error, gamma):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side):
+def channels(side, width):
     """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
     halvings = max(1, int(math.log2(side / 4)))
-    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
-def decoder(d_in, c, side, norm):
-    """Layers [B, d_in] -> [B, C, side, side], unbounded."""
-    widths, small = channels(side)
-    layers = [nn.Linear(d_in, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
-    for wide, narrow in zip(widths[::-1], [*widths[-2::-1], c]):
-        layers += [norm(wide), nn.ReLU(),
-                   nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
+def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
+    """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in: z_dim, and classes if it sees y.
+
+    Fully connected layers with `hidden` units, then convolutions with `width` channels on the
+    largest map, 2 width on the next, and so on. Starts with normal weights of 0.02, zero biases.
+    """
+    widths, small = channels(side, width)
+    layers = []
+    for i, o in pairwise([d_in, *hidden, widths[-1] * small ** 2]):
+        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+    layers.append(nn.Unflatten(1, (widths[-1], small, small)))
+    for i, o in pairwise([widths[-1], *widths[::-1]]):
+        layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
+                   nn.BatchNorm2d(o), nn.ReLU()]
+    layers += [nn.Conv2d(width, c, kernel_size=3, padding=1), nn.Tanh()]
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 
-def generator(d_in, c, side):
-    """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in = Z, + classes if G sees labels.
+def trunk(c, side, hidden, width):
+    """Pictures [B, C, side, side] -> features [B, F], and F. No batch norm.
 
-    Starts with normal weights of 0.02 and zero biases.
+    Fully connected layers with `hidden` units, or where there are none convolutions with strides.
     """
-    net = nn.Sequential(*decoder(d_in, c, side, nn.BatchNorm2d), nn.Tanh())
-    for layer in net:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-    return net
-
-
-def trunk(c, side):
-    """Strided convolutions [B, C, side, side] -> features [B, F], and F. No batch norm."""
-    widths, small = channels(side)
+    if hidden:
+        layers = [nn.Flatten()]
+        for i, o in pairwise([c * side ** 2, *hidden]):
+            layers += [nn.Linear(i, o), nn.SiLU()]
+        return nn.Sequential(*layers), hidden[-1]
+    widths, small = channels(side, width)
     layers = []
-    for i, o in zip([c, *widths], widths):
-        layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i, o in pairwise([c, *widths]):
+        layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
     return nn.Sequential(*layers, nn.Flatten()), widths[-1] * small ** 2
 
 
 class Discriminator(nn.Module):
     """x -> logits [B], and for cgan, acgan, infogan a score for each label [B, classes]."""
 
-    def __init__(self, c, side, classes, dropout):
+    def __init__(self, c, side, classes, hidden, width):
         super().__init__()
-        self.trunk, features = trunk(c, side)
-        self.drop = nn.Dropout(dropout)
+        self.trunk, features = trunk(c, side, hidden, width)
         self.score, self.guess = nn.Linear(features, 1), nn.Linear(features, classes)
 
     def forward(self, x):
-        h = self.drop(self.trunk(x))
+        h = self.trunk(x)
         return self.score(h).flatten(), self.guess(h)
 
 
 class Autoencoder(nn.Module):
-    """x -> errors ‖x - decoded(x)‖ / √(C side²) [B], codes [B, d].
+    """x -> errors ‖x - decoded(x)‖ / √(C side²) [B], codes [B, d]. Fully connected layers.
 
     The root and not the square: its gradient is bounded, so that bad fakes do not dominate. No tanh
     at the end, whose slope would be 0 at black.
@@ -235,9 +248,13 @@ class Autoencoder(nn.Module):
 
     def __init__(self, c, side, d):
         super().__init__()
-        convolutions, features = trunk(c, side)
-        self.encode = nn.Sequential(convolutions, nn.Linear(features, d))
-        self.decode = decoder(d, c, side, nn.Identity)
+        layers, features = trunk(c, side, HIDDEN_D, width=0)
+        self.encode = nn.Sequential(layers, nn.Linear(features, d))
+        layers = []
+        for i, o in pairwise([d, *HIDDEN_D[::-1]]):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        self.decode = nn.Sequential(*layers, nn.Linear(HIDDEN_D[0], c * side ** 2),
+                                    nn.Unflatten(1, (c, side, side)))
         self.register_buffer("k", torch.zeros(()))  # began's: a buffer is saved with D
 
     def forward(self, x):
@@ -247,7 +264,7 @@ class Autoencoder(nn.Module):
 
 
 def with_labels(z, y):
-    """G's input: z [B, Z], then LABEL times the one-hot labels y [B, classes, or 0 columns]."""
+    """G's input: z [B, z_dim], then LABEL times the one-hot labels y [B, classes, or 0 columns]."""
     return torch.cat([z, LABEL * y], dim=1)
 
 
@@ -273,9 +290,8 @@ class Minimax:
     # staticmethod: called as d(real, fake), without self
     d, g = staticmethod(bce_d), staticmethod(minimax_g)  # losses, as functions of scores
     read = staticmethod(torch.sigmoid)                   # what a score says, from 0 to 1
-    lr = 4e-3, 4e-3              # of D, of G
+    lr = 5e-4, 2e-3              # of D, of G
     d_steps = 1
-    dropout = 0.3                # on D's features
     eps = 1e-8                   # G's Adam divides by √(mean g²) + eps
     share = 1.0                  # of --steps
     sees_labels = False          # does G see y?
@@ -289,12 +305,20 @@ class Minimax:
                                        label_noise=args.label_noise)
 
     def nets(self, c, side):
-        return (generator(Z + self.classes * self.sees_labels, c, side),
-                Discriminator(c, side, self.classes, self.dropout))
+        args, d_in = self.args, self.args.z_dim + self.classes * self.sees_labels
+        dense = args.nets == "dense" if args.nets else c * side ** 2 <= SMALL
+        hidden_g, hidden_d, width = (HIDDEN_G, HIDDEN_D, 8) if dense else ([], [], 32)
+        return (generator(d_in, c, side, hidden_g, args.width_g or width),
+                Discriminator(c, side, self.classes, hidden_d, args.width_d or width))
 
     def labels(self, x, y):
         """One-hot labels for the pictures of G; y: the labels [B] of the data x, or None."""
         return x.new_zeros(len(x), 0)
+
+    def sample_labels(self, n):
+        """One-hot labels of n samples: the classes in turn."""
+        y = torch.arange(n) % self.classes
+        return F.one_hot(y, self.classes)[:, :self.classes * self.sees_labels]
 
     def score(self, D, x, y):
         """D's logits [B], or what the method has in their place."""
@@ -321,15 +345,13 @@ class Nonsaturating(Minimax):
 class LSGAN(Minimax):
     """lsgan: squared distances of the scores to 1 and 0 (Mao et al. 2017)."""
     d, g, read = staticmethod(lsgan_d), staticmethod(lsgan_g), nn.Identity()
-    lr = 2e-3, 2e-3              # at 4e-3 the squares blow up
 
 
 class WGAN(Minimax):
     """wgan: D estimates a distance; clipping its weights bounds its slope (Arjovsky 2017)."""
     d, g, read = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
-    lr = 1e-3, 2e-3
+    lr = 1e-3, 1e-3
     d_steps = 3
-    dropout = 0.0                # better so here
 
     def after_d(self, D):
         clip(D, CLIP)
@@ -337,8 +359,8 @@ class WGAN(Minimax):
 
 class WGANGP(WGAN):
     """wgan-gp: a penalty holds the slope of D near 1 instead (Gulrajani et al. 2017)."""
-    lr = 2e-3, 2e-3
-    d_steps = 2
+    lr = 1e-3, 2e-3
+    d_steps = 1
     after_d = Minimax.after_d    # no clipping
 
     def loss_d(self, D, x, x_fake, y):
@@ -348,6 +370,7 @@ class WGANGP(WGAN):
 
 class DRAGAN(Nonsaturating):
     """dragan: the same penalty on logits, and only near the data (Kodali et al. 2017)."""
+    lr = 1e-3, 1e-3
 
     def loss_d(self, D, x, x_fake, y):
         penalty = dragan_penalty(lambda x: self.score(D, x, y), x)
@@ -377,6 +400,7 @@ class CGAN(Nonsaturating):
 class ACGAN(CGAN):
     """acgan: D is not told the label but guesses it, and both players gain if the guess is right
     (Odena et al. 2017)."""
+    lr = 1e-3, 1e-3
     score = Minimax.score
 
     def loss_d(self, D, x, x_fake, y):
@@ -421,7 +445,8 @@ class EBGAN(Minimax):
     code = 64                    # length of the autoencoder's code
 
     def nets(self, c, side):
-        return generator(Z, c, side), Autoencoder(c, side, self.code)
+        G, _ = super().nets(c, side)
+        return G, Autoencoder(c, side, self.code)
 
     def loss_g(self, D, x_fake, y, progress):
         error, codes = D(x_fake)
@@ -482,8 +507,9 @@ METHODS = {"minimax": Minimax, "nonsaturating": Nonsaturating, "lsgan": LSGAN, "
 # --- train -------------------------------------------------------------------------------------
 
 def schedule(name, opt, steps):
-    """A torch schedule for a learning rate."""
-    return {"constant": lambda: lr_scheduler.ConstantLR(opt, factor=1.0),
+    """A torch schedule for a learning rate; linear: constant for half of the steps, then to 0."""
+    return {"linear": lambda: lr_scheduler.LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps)),
+            "constant": lambda: lr_scheduler.ConstantLR(opt, factor=1.0),
             "cosine": lambda: lr_scheduler.CosineAnnealingLR(opt, steps),
             "restarts": lambda: lr_scheduler.CosineAnnealingWarmRestarts(opt, max(1, steps // 4)),
             "cyclic": lambda: lr_scheduler.CyclicLR(
@@ -492,31 +518,35 @@ def schedule(name, opt, steps):
 
 
 def train(run, args, method, images):
-    """Trains one method; returns G and the z of its samples.
+    """Trains one method; returns the average G and what it draws its samples from.
 
-    run: see chapter 01. run.due(40) is true 40 times, and run.note adds to the row of that step.
+    run: see chapter 01. run.due(40) is true 40 times, and run.note adds to the row of that step;
+    run.shoot adds pictures to process.png.
     """
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
-    z_fixed = torch.randn(args.n_samples, Z).to(run.device)  # the same for every method and figure
+    z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every method
+    z_fixed = with_labels(z_fixed, method.sample_labels(args.n_samples).to(run.device))
     G, D = (net.to(run.device) for net in method.nets(c, side))
+    # what is kept is an average of G's weights, over about a quarter of the steps
+    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / steps)))
     # the methods' rates are for 28 pixels: at 64, with two layers more, 4e-3 diverges in 200 steps
     lr_d, lr_g = (lr * min(1.0, (28 / side) ** 2) for lr in method.lr)
-    opt_d = torch.optim.Adam(D.parameters(), lr=args.lr_d or lr_d, betas=ADAM_BETAS, fused=True)
-    opt_g = torch.optim.Adam(G.parameters(), lr=args.lr_g or lr_g, betas=ADAM_BETAS,
-                             eps=method.eps, fused=True)
-    rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("cosine", opt_g, steps)
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_d or lr_d, ADAM_BETAS, fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), args.lr_g or lr_g, ADAM_BETAS, method.eps, fused=True)
+    rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("linear", opt_g, steps)
     batches = run.batches(images, args.batch)
 
-    for step in run.steps(steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d):
+    for step in run.steps(steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
+                          rate_g=rate_g, rate_d=rate_d):
         std = args.input_noise * (1 - step / steps)
 
         # D's half: descend its loss on data and on G's pictures, G untouched
         for _ in range(d_steps):
             x, y = next(batches)
             y = method.labels(x, y)
-            x_fake = G(with_labels(torch.randn(len(x), Z, device=run.device), y))
+            x_fake = G(with_labels(torch.randn(len(x), args.z_dim, device=run.device), y))
             loss_d = method.loss_d(D, noisy(x, std), noisy(x_fake.detach(), std), y)
             if args.r1:
                 loss_d = loss_d + args.r1 / 2 * r1_penalty(lambda x: method.score(D, x, y), x)
@@ -528,11 +558,12 @@ def train(run, args, method, images):
         # G's half: descend its loss. The gradient flows through D, but is kept for G alone (inputs)
         for g_step in range(args.g_steps):
             if g_step:  # the first step takes the pictures that D has just seen
-                x_fake = G(with_labels(torch.randn(len(x), Z, device=run.device), y))
+                x_fake = G(with_labels(torch.randn(len(x), args.z_dim, device=run.device), y))
             loss_g = method.loss_g(D, noisy(x_fake, std), y, step / steps)
             opt_g.zero_grad()
             loss_g.backward(inputs=tuple(G.parameters()))
             opt_g.step()
+            average.update_parameters(G)
 
         rate_d.step()
         rate_g.step()
@@ -540,8 +571,20 @@ def train(run, args, method, images):
         if run.due(40):
             run.note(**readings(method, G, D, x, x_fake.detach(), y))
             tell_fingerprint(method, [row for row in run.rows if row["model"] == run.name])
+        if run.at(SHOTS):
+            settle(average, z_fixed[:1000])
+            run.shoot(generate(average, z_fixed[:36]))
 
-    return G, z_fixed
+    settle(average, z_fixed)
+    return average.module, z_fixed
+
+
+def settle(G, z):
+    """Gives the batch norms of an average of networks the statistics of its own maps, at these z.
+
+    Those of the networks that were averaged do not fit it: with them it draws grey.
+    """
+    update_bn(z.split(1000), G)
 
 
 @torch.no_grad()
@@ -691,15 +734,24 @@ def parse_args(argv=None):
     g.add_argument("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
                    default=[n for n in METHODS if n.startswith(("minimax", "nonsat", "lsgan"))],
                    help=f"{', '.join(METHODS)}, or all")
-    g.add_argument("--steps", type=common.number(int, 1), default=800, help="steps of G")
+    g.add_argument("--steps", type=common.number(int, 1), default=2000, help="steps of G")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
+    g = p.add_argument_group("networks")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
+    g.add_argument("--nets", choices=["dense", "conv"], help="dense: fully connected, and "
+                   "convolutions at G's end; conv: convolutions; if not given: dense for small "
+                   "grey pictures")
+    g.add_argument("--width-g", type=common.number(int, 1),
+                   help="channels of G's largest map; if not given: 8 for dense, 32 for conv")
+    g.add_argument("--width-d", type=common.number(int, 1),
+                   help="channels of D's largest map, for conv; if not given: 32")
     g = p.add_argument_group("rates and steps of the two players")
     g.add_argument("--lr-d", type=common.number(float, above=0), help="D's rate; else the method's")
     g.add_argument("--lr-g", type=common.number(float, above=0), help="G's rate; else the method's")
     g.add_argument("--d-steps", type=common.number(int, 1), help="D steps; else the method's")
     g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps after them")
-    g.add_argument("--d-schedule", choices=["constant", "cosine", "restarts", "cyclic"],
-                   default="cosine", help="how D's rate moves during the training")
+    g.add_argument("--d-schedule", choices=["linear", "constant", "cosine", "restarts", "cyclic"],
+                   default="linear", help="how D's rate moves during the training")
     g = p.add_argument_group("against a D that is too strong")
     g.add_argument("--real-label", type=common.number(float, 0, 1), default=1.0,
                    help="0.9: one-sided label smoothing, 0: flipped labels (cross-entropy only)")
@@ -739,9 +791,8 @@ def main(argv=None):
         for name in run.each(args.loss):
             method = METHODS[name](args, classes)
             G, z_fixed = train(run, args, method, images)
-            y = torch.arange(args.n_samples, device=run.device) % classes  # 0, 1, ... in turn
-            one_hot = F.one_hot(y, classes)[:, :classes * method.sees_labels]
-            samples = generate(G, with_labels(z_fixed, one_hot))
+            samples = generate(G, z_fixed)
+            y = torch.arange(args.n_samples) % classes  # as in sample_labels
             common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
             common.save(G.state_dict(), args.out / f"weights_{name}.pt")
             run.done[name] = {"pictures": common.to_uint8(samples[:60]).cpu(),

@@ -26,15 +26,16 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 
 # The same for every k. k, steps, batch and eta have flags, which take their place.
 POINTS = dict(k=[0, 5], steps=5000, batch=128, eta=0.1, z_dim=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
-              saturating=True)
+              saturating=True, averaged=False)
 # eta: a step moves the logit of a linear D by up to eta ‖x‖², and ‖x‖² of a digit is near 784
-PICTURES = dict(k=[0, 2], steps=1200, batch=64, eta=0.005, z_dim=50, lr_g=5e-4, lr_d=5e-4,
-                beta1=0.0, saturating=False)
+PICTURES = dict(k=[0, 2], steps=1200, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, lr_d=5e-4,
+                beta1=0.0, saturating=False, averaged=True)
 SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=8000)}
 D_HIDDEN = 512                   # width of the hidden layer of the D of points
 N_SAMPLES = 10_000               # for the numbers and samples_k{k}.pt
@@ -120,9 +121,9 @@ class Scale(nn.Module):
 
 
 def image_nets(d_z, c, h, w):
-    """Fully connected layers and, at G's end, convolutions; for MNIST 675,025 and 1,460,225
-    parameters, as in a coursework. Batch norm without parameters in G and a normal start of 0.02
-    are added: without the two, no digits came in 1,500 steps, only blots.
+    """Fully connected layers and, at G's end, convolutions: for MNIST 675,025 parameters, as in a
+    coursework. Batch norm without parameters in G and a normal start of 0.02 are added: without the
+    two, no digits came in 1,500 steps, only blots.
     """
     def norm(channels, kind):
         return kind(channels, affine=False, track_running_stats=False)
@@ -139,10 +140,9 @@ def image_nets(d_z, c, h, w):
         nn.ConvTranspose2d(8, c, kernel_size=3, padding=1), nn.Tanh())       # [B, C, H, W]
     D = nn.Sequential(
         nn.Flatten(),
-        nn.Linear(c * h * w, 1024), nn.LeakyReLU(0.2), nn.Dropout(0.1),
-        nn.Linear(1024, 512), nn.LeakyReLU(0.2), nn.Dropout(0.1),
-        nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.1),
-        nn.Linear(256, 1), nn.Flatten(0))                                    # [B]
+        nn.Linear(c * h * w, 512), nn.LeakyReLU(0.2),
+        nn.Linear(512, 512), nn.LeakyReLU(0.2),
+        nn.Linear(512, 1), nn.Flatten(0))                                    # [B]
     for layer in [*G, *D]:
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
@@ -161,13 +161,15 @@ def train(run, args, data, k):
     G, D = (net.to(run.device) for net in data.nets())
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=(args.beta1, 0.999), fused=True)
                     for net, lr in ((G, args.lr_g), (D, args.lr_d)))
-    rate_g, rate_d = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
-                      for opt in (opt_g, opt_d))
+    rate_g, rate_d = (torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda step: min(1, 2 - 2 * step / args.steps)) for opt in (opt_g, opt_d))
+    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / args.steps)))
+    kept = average.module if args.averaged else G
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every k
     batches = data.batches(run)
 
-    for _ in run.steps(args.steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
-                       rate_d=rate_d):
+    for _ in run.steps(args.steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
+                       rate_g=rate_g, rate_d=rate_d):
         # G descends f(θ_G, θ_D^k(θ_G)); the gradient is asked for G alone, D stays untouched
         for _ in range(args.g_steps):
             x = next(batches)
@@ -177,6 +179,7 @@ def train(run, args, data, k):
             opt_g.zero_grad()
             loss_g.backward(inputs=tuple(G.parameters()))
             opt_g.step()
+            average.update_parameters(G)
 
         # D climbs f(θ_G, θ_D): one ordinary step, from where it was
         for _ in range(args.d_steps):
@@ -191,12 +194,13 @@ def train(run, args, data, k):
         rate_d.step()
         run.log(loss_g=loss_g, f=-loss_d)
         if run.due(40) or run.at(SHOTS):  # 40 times in the training, and after its SHOTS
-            few = generate(G, z_fixed[:1000])
+            few = generate(kept, z_fixed[:1000])
             run.note(**data.measure(few))
-        if run.at(SHOTS):
             run.kept[run.step] = {**run.rows[-1], **data.shot(few, D)}
+        if run.at(SHOTS):
+            draw_process(args, data, all_shots(run))
 
-    return G, z_fixed
+    return kept, z_fixed
 
 
 @torch.no_grad()
@@ -313,21 +317,50 @@ def kl_to_uniform(counts):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def figures(args, data, done, log):
-    """process.png: training from left to right, a row for each k; curves.png."""
+def all_shots(run):
+    """What was kept of the finished trainings and of the one that goes on, by name and step."""
+    shots = {name: numbers["shots"] for name, numbers in run.done.items()}
+    return shots if run.name in shots else shots | {run.name: run.kept}
+
+
+def draw_process(args, data, shots):
+    """process.png: training from left to right, a row for each k."""
+    shown = [math.ceil(share * args.steps) for share in SHOTS]
     rows = []
-    for name, numbers in done.items():
+    for name, by_step in shots.items():
         cells = [("data\n", data.draw(data.examples))]
-        for shot in numbers["shots"].values():
-            shown = [f"{key} {shot[key]:.3g}" for key in ("modes", "classes", "good")
-                     if key in shot]
-            tensors = {key: value for key, value in shot.items() if torch.is_tensor(value)}
-            cells.append((f"step {shot['step']:,}\n{', '.join(shown)}", data.draw(**tensors)))
+        cells += [(caption(shot), data.draw(**tensors(shot)))
+                  for shot in (by_step[step] for step in shown if step in by_step)]
         rows.append((name, cells))
-    title = f"Unrolled GAN on {data.name}: {args.method}, seed {args.seed}"
-    common.save_panels(args.out / "process.png", rows, title)
-    columns = list(log[0])[2:]  # all but model and step
-    common.plot_curves(args.out / "curves.png", log, columns, title)
+    common.save_panels(args.out / "process.png", rows, title_of(args, data),
+                       tell=len(shots) == 1 and len(rows[0][1]) == 2)
+
+
+def draw_animation(args, data, shots):
+    """process.gif: all that was kept of the ring, one k beside the other."""
+    frames = []
+    for step in next(iter(shots.values())):
+        fig, axes = common.figure(1, len(shots), 2.4 * len(shots), 2.9)
+        for ax, (name, by_step) in zip(axes[0], shots.items()):
+            data.draw(**tensors(by_step[step]))(ax)
+            ax.set_title(f"{name}, {caption(by_step[step])}", fontsize=9)
+        frames.append(fig)
+    common.save_animation(frames, args.out / "process.gif")
+
+
+def title_of(args, data):
+    return f"Unrolled GAN on {data.name}: {args.method}, seed {args.seed}"
+
+
+def caption(shot):
+    """The step of a shot, and what was measured there."""
+    shown = [f"{key} {shot[key]:.3g}" for key in ("modes", "classes", "good") if key in shot]
+    return f"step {shot['step']:,}\n{', '.join(shown)}"
+
+
+def tensors(shot):
+    """What data.draw needs of a shot."""
+    return {key: value for key, value in shot.items() if torch.is_tensor(value)}
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -367,7 +400,10 @@ def main(argv=None):
             common.save(data.as_file(samples), args.out / f"samples_k{models[name]}.pt")
             common.save(G.state_dict(), args.out / f"weights_k{models[name]}.pt")
             run.done[name] = {"shots": run.kept, **data.measure(samples)}
-        figures(args, data, run.done, run.rows)
+        columns = list(run.rows[0])[2:]  # all but model and step
+        common.plot_curves(args.out / "curves.png", run.rows, columns, title_of(args, data))
+        if isinstance(data, Points):
+            draw_animation(args, data, all_shots(run))
         columns = [key for key in next(iter(run.done.values())) if key != "shots"]
         common.print_table([f"{data.name}: model", *columns], [
             [name, *(f"{numbers[column]:.4g}" for column in columns)]

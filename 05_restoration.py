@@ -20,16 +20,21 @@ Run      python 05_restoration.py
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.transforms import functional as TF
 
 import common
 
-LR, ADAM_BETAS = 4e-3, (0.0, 0.999)  # of G and D
+LR_D, LR_G, ADAM_BETAS = 5e-4, 2e-3, (0.0, 0.9)
+SMALL = 1024                     # numbers in a picture up to which networks are fully connected
+HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
+SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of the training after which process.png is written
 N_TEST, N_NOISE = 200, 60        # test pictures for each mask, and for each level of noise
 N_POOL = 2000                    # random z; those whose pictures fit y best are the starts
 N_SAMPLES = 10_000               # pictures in samples.pt
@@ -151,49 +156,64 @@ def neighbours(y, mask):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
+def channels(side, width):
+    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
     halvings = max(1, int(math.log2(side / 4)))
-    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
 def generator(d_z, c, side):
-    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02."""
-    widths, small = channels(side)
-    layers = [nn.Linear(d_z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
-    for wide, narrow in zip(widths[::-1], [*widths[-2::-1], c]):
-        layers += [nn.BatchNorm2d(wide), nn.ReLU(),
-                   nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
+
+    Of small grey pictures: fully connected layers, and few convolutions at the end.
+    """
+    dense = c * side ** 2 <= SMALL
+    widths, small = channels(side, 8 if dense else 32)
+    layers = []
+    for i, o in pairwise([d_z, *HIDDEN_G * dense, widths[-1] * small ** 2]):
+        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+    layers.append(nn.Unflatten(1, (widths[-1], small, small)))
+    for i, o in pairwise([widths[-1], *widths[::-1]]):
+        layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
+                   nn.BatchNorm2d(o), nn.ReLU()]
+    layers += [nn.Conv2d(widths[0], c, kernel_size=3, padding=1), nn.Tanh()]
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 
 def discriminator(c, side):
-    """[B, C, side, side] -> logits [B]. No batch norm."""
-    widths, small = channels(side)
-    layers = []
-    for i, o in zip([c, *widths], widths):
-        layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3),
-                         nn.Linear(widths[-1] * small ** 2, 1), nn.Flatten(0))
+    """[B, C, side, side] -> logits [B]. No batch norm. Small grey pictures: see generator."""
+    if c * side ** 2 <= SMALL:
+        sizes, layers = [c * side ** 2, *HIDDEN_D], [nn.Flatten()]
+        for i, o in pairwise(sizes):
+            layers += [nn.Linear(i, o), nn.SiLU()]
+    else:
+        widths, small = channels(side, 32)
+        sizes, layers = [widths[-1] * small ** 2], []
+        for i, o in pairwise([c, *widths]):
+            layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
+        layers.append(nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1), nn.Flatten(0))
 
 
 # --- train -------------------------------------------------------------------------------------
 
 def train_generator(run, args, G, D, images):
-    """Trains G against D; returns G's weights."""
-    lr = LR * min(1.0, (28 / images.x.shape[2]) ** 2)  # deeper nets diverge at a rate of 4e-3
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=ADAM_BETAS, fused=True)
-                    for net in (G, D))
-    rate_g, rate_d = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
-                      for opt in (opt_g, opt_d))
+    """Trains G against D; returns an average of G's weights, over about a quarter of the steps."""
+    lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # the rates are for 28 pixels
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
+                    for net, lr in ((G, LR_G), (D, LR_D)))
+    rate_g, rate_d = (torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda step: min(1, 2 - 2 * step / args.steps)) for opt in (opt_g, opt_d))
+    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / args.steps)))
+    z_fixed = torch.randn(10_000, args.z_dim).to(run.device)
     batches = run.batches(images, args.batch)
 
-    for _ in run.steps(args.steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
-                       rate_d=rate_d):
+    for _ in run.steps(args.steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
+                       rate_g=rate_g, rate_d=rate_d):
         # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), G untouched
         x, _ = next(batches)
         x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
@@ -208,12 +228,19 @@ def train_generator(run, args, G, D, images):
         opt_g.zero_grad()
         loss_g.backward(inputs=tuple(G.parameters()))
         opt_g.step()
+        average.update_parameters(G)
 
         rate_d.step()
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
+        if run.at(SHOTS):
+            # batch norm's statistics of the networks that were averaged do not fit the average
+            update_bn(z_fixed.split(1000), average)
+            with torch.no_grad():
+                run.shoot(average.eval()(z_fixed[:36]))
+            average.train()
 
-    return G.state_dict()
+    return average.module.state_dict()
 
 
 def trained(run, args, images):
@@ -527,7 +554,7 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("the generator, trained once and kept in generator.pt")
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
-    g.add_argument("--steps", type=common.number(int, 1), default=1000, help="steps of G and D")
+    g.add_argument("--steps", type=common.number(int, 1), default=2000, help="steps of G and D")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g.add_argument("--generator", type=Path, help="a kept generator.pt to use, of 04 or of this")
     g = p.add_argument_group("restoration")

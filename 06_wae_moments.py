@@ -32,7 +32,7 @@ import common
 HIDDEN = 512                     # width of the layer beside the code, both sides
 N_SAMPLES = 10_000               # pictures in samples_{model}.pt
 N_CODES = 2000                   # codes that are compared with N(0, I)
-SHOTS = (0.07, 0.25, 0.5, 1.0)   # shares of the training after which codes are kept
+SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which codes and pictures are kept
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -180,6 +180,7 @@ def train(run, args, name, images, test):
         if run.at(SHOTS):
             net.eval()
             run.kept[step] = in_parts(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
+            run.shoot(in_parts(net.decode, u[:36]))
             net.train()
 
     return net.eval(), u

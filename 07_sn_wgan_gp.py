@@ -23,6 +23,7 @@ Run      python 07_sn_wgan_gp.py
 
 import math
 import socket
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,14 +31,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.models import Inception_V3_Weights, inception_v3
 
 import common
 
-LR = 4e-3                        # Adam's rate at the start
-ADAM_BETAS = (0.0, 0.999)
-LAMBDA = 10.0                    # weight of the gradient penalty: Gulrajani 2017
-CLIP = 0.01                      # wgan keeps D's weights in [-CLIP, CLIP]: Arjovsky 2017, alg. 1
+LR = 5e-4, 2e-3                  # Adam's rates at the start, of D and of G
+ADAM_BETAS = (0.0, 0.9)
+SMALL = 1024                     # numbers in a picture up to which networks are fully connected
+HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
+SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
+LAMBDA = 1.0                     # weight of the gradient penalty: Gulrajani 2017 has 10
+CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
 Z = 64                           # length of z
 N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
 TREND = 0.6                      # share of the trend that stays from one score to the next
@@ -71,8 +76,8 @@ def wgan_g(fake):
 def clip(net, limit):
     """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1).
 
-    Holds the slope below Π limit √(weights of a layer), times 2 for each convolution with strides:
-    0.92 for 28x28 grey pixels and 0.01. What training reaches is a small part of it.
+    Holds the slope below Π limit √(weights of a layer), times SiLU's largest slope 1.1 for each
+    hidden layer: 240 for 28x28 grey pixels and 0.03. What training reaches is a small part of it.
     """
     with torch.no_grad():
         for p in net.parameters():
@@ -208,37 +213,54 @@ def truncated_normal(n, d, limit, generator=None):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
+def channels(side, width):
+    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
     halvings = max(1, int(math.log2(side / 4)))
-    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
+    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
 def generator(c, side):
-    """[B, Z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02."""
-    widths, small = channels(side)
-    layers = [nn.Linear(Z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
-    for wide, narrow in zip(widths[::-1], [*widths[-2::-1], c]):
-        layers += [nn.BatchNorm2d(wide), nn.ReLU(),
-                   nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
+    """[B, Z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
+
+    Of small grey pictures: fully connected layers, and few convolutions at the end.
+    """
+    dense = c * side ** 2 <= SMALL
+    widths, small = channels(side, 8 if dense else 32)
+    layers = []
+    for i, o in pairwise([Z, *HIDDEN_G * dense, widths[-1] * small ** 2]):
+        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+    layers.append(nn.Unflatten(1, (widths[-1], small, small)))
+    for i, o in pairwise([widths[-1], *widths[::-1]]):
+        layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
+                   nn.BatchNorm2d(o), nn.ReLU()]
+    layers += [nn.Conv2d(widths[0], c, kernel_size=3, padding=1), nn.Tanh()]
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)  # draws faster
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 
 def discriminator(c, side, sn):
-    """[B, C, side, side] -> logits or scores [B]. No batch norm.
+    """[B, C, side, side] -> logits or scores [B]. No batch norm; of what layers: see generator.
 
     sn: every layer has spectral norm. Power iteration needs some passes of D to find the σ: the
     largest singular value of a layer is up to 1.6 at first, and at most 1.05 after 20 passes.
     """
-    widths, small = channels(side)
-    layers = []
-    for i, o in zip([c, *widths], widths):
-        layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    layers += [nn.Flatten(), nn.Linear(widths[-1] * small ** 2, 1), nn.Flatten(0)]
+    # SiLU is smooth, as a penalty on ∇D wants it; but its slope is 1/2 at 0, and where no layer may
+    # amplify, one after the other would halve what comes through
+    activation = nn.LeakyReLU(0.2) if sn else nn.SiLU()
+    if c * side ** 2 <= SMALL:
+        sizes, layers = [c * side ** 2, *HIDDEN_D], [nn.Flatten()]
+        for i, o in pairwise(sizes):
+            layers += [nn.Linear(i, o), activation]
+    else:
+        widths, small = channels(side, 32)
+        sizes, layers = [widths[-1] * small ** 2], []
+        for i, o in pairwise([c, *widths]):
+            layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), activation]
+        layers.append(nn.Flatten())
+    layers += [nn.Linear(sizes[-1], 1), nn.Flatten(0)]
     for layer in layers:
         if sn and isinstance(layer, (nn.Conv2d, nn.Linear)):
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
@@ -252,7 +274,7 @@ class Model(NamedTuple):
     penalty: Callable = lambda D, x, x_fake: 0.0  # added to D's loss
     after_d: Callable = lambda D: None            # done to D after each of its steps
     sn: bool = False             # D with spectral norm
-    lr_d: float = LR             # D's rate; G's is LR
+    lr: tuple = LR               # of D, of G
 
     def loss_d(self, D, x, x_fake):
         """What D descends. Data and fakes go through D in one pass."""
@@ -267,11 +289,10 @@ class Model(NamedTuple):
 MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
     "sn": Model(bce_d, nonsaturating_g, sn=True),
-    # at LR, wgan's weights would leap from one end of [-CLIP, CLIP] to the other
-    "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr_d=1e-3),
+    "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3)),
     "wgan-sn": Model(wgan_d, wgan_g, sn=True),
     "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
-                     LAMBDA * gradient_penalty(D, x, x_fake)),
+                     LAMBDA * gradient_penalty(D, x, x_fake), lr=(1e-3, 2e-3)),
 }
 
 
@@ -321,13 +342,16 @@ def train(run, args, model, n_critic, images, ruler):
     z_fixed = torch.randn(args.n_samples, Z).to(run.device)  # the same for every model
     G, D = generator(c, side).to(run.device), discriminator(c, side, model.sn).to(run.device)
     lower = min(1.0, (28 / side) ** 2)  # the rates are for 28 pixels: at 64, training diverges
-    opt_d = torch.optim.Adam(D.parameters(), model.lr_d * lower, betas=ADAM_BETAS, fused=True)
-    opt_g = torch.optim.Adam(G.parameters(), LR * lower, betas=ADAM_BETAS, fused=True)
-    rate_d, rate_g = (torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-                      for opt in (opt_d, opt_g))
+    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
+                    for net, lr in zip((D, G), model.lr))
+    rate_d, rate_g = (torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda step: min(1, 2 - 2 * step / steps)) for opt in (opt_d, opt_g))
+    # what is kept is an average of G's weights, over about a quarter of the steps
+    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / steps)))
     batches = run.batches(images, args.batch)
 
-    for _ in run.steps(steps, G=G, D=D, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g, rate_d=rate_d):
+    for _ in run.steps(steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
+                       rate_d=rate_d):
         # D's half, n_critic times: descend its loss on data and on G's pictures, G untouched
         for _ in range(n_critic):
             x = next(batches)[0]
@@ -343,15 +367,29 @@ def train(run, args, model, n_critic, images, ruler):
         opt_g.zero_grad()
         loss_g.backward(inputs=tuple(G.parameters()))
         opt_g.step()
+        average.update_parameters(G)
 
         rate_d.step()
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
+        if run.due(10) or run.at(SHOTS):
+            settle(average, z_fixed[:args.n_score])
         if run.due(10):
             run.note(slope=slope(D, torch.cat([x, x_fake])),
-                     **ruler.glance(G, z_fixed[:args.n_score]))
+                     **ruler.glance(average, z_fixed[:args.n_score]))
+        if run.at(SHOTS):
+            run.shoot(common.to_float(generate(average, z_fixed[:36])))
 
-    return G, generate(G, z_fixed)
+    settle(average, z_fixed)
+    return average.module, generate(average, z_fixed)
+
+
+def settle(G, z):
+    """Gives the batch norms of an average of networks the statistics of its own maps, at these z.
+
+    Those of the networks that were averaged do not fit it: with them it draws grey.
+    """
+    update_bn(z.split(1000), G)
 
 
 def train_classifier(run, args, name, images, test):

@@ -179,7 +179,8 @@ class Run:
 
     `steps` writes the checkpoint between two steps: ten times in a training, and on Ctrl-C. After
     --resume the same loops go on where they were. Attributes: device; step, of total; done, the
-    results by name; rows, the log of all trainings; kept, a dict for what a training collects.
+    results by name; rows, the log of all trainings; kept, a dict for what a training collects;
+    shots, the pictures of process.png by training and step.
 
     Under torchrun every process runs the same lines on its part of each batch. Gradients are
     averaged over the processes, all else is the affair of each: its noise, and the statistics of
@@ -187,7 +188,7 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.done, self.kept, self.rows = args, {}, {}, []
+        self.args, self.done, self.kept, self.rows, self.shots = args, {}, {}, [], {}
         self.saved, self.looked, self.training, self.pressed = None, False, False, False
         self.parts = None  # of the training that goes on, or of the last one
 
@@ -226,7 +227,8 @@ class Run:
         if not self.looked:  # not earlier: load_images says what args.data is
             self.saved, self.looked = load_checkpoint(self.args), True
             if self.saved:
-                self.done, self.rows = self.saved["done"], self.saved["rows"]
+                self.done, self.rows, self.shots = (
+                    self.saved[key] for key in ("done", "rows", "shots"))
                 print(f"going on after {place(self.saved)}")
         for self.name in names:
             if self.name not in self.done:
@@ -267,7 +269,7 @@ class Run:
     def save(self):
         """Writes the checkpoint, with all that the next life of this run needs."""
         save_checkpoint(self.args, self.parts, name=self.name, step=self.step, rows=self.rows,
-                        kept=self.kept, drawn=self.drawn, done=self.done)
+                        kept=self.kept, shots=self.shots, drawn=self.drawn, done=self.done)
 
     def batches(self, images, size):
         """Endless shuffled batches (x, y) of `size` pictures, of which this process gets its part.
@@ -315,6 +317,13 @@ class Run:
         if not self.rows or not here.items() <= self.rows[-1].items():
             self.rows.append(here | self.numbers)
         self.rows[-1] |= more
+
+    def shoot(self, x):
+        """Adds pictures x of this step, [N, C, H, W] in [-1, 1], to process.png, written anew."""
+        first = not self.shots
+        self.shots.setdefault(self.name, {})[self.step] = to_uint8(x).cpu()
+        save_process(self.args.out / "process.png", self.shots,
+                     f"{self.args.script} on {self.args.data}, seed {self.args.seed}", tell=first)
 
 
 @contextlib.contextmanager
@@ -1000,7 +1009,7 @@ def figure(rows, columns, width, height, title=""):
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def save_panels(path, rows, title=""):
+def save_panels(path, rows, title="", tell=True):
     """Small multiples: rows of (label, [(title, draw)]), where draw(ax) fills one panel."""
     n = max(len(cells) for _, cells in rows)
     fig, axes = figure(len(rows), n, 2.2 * n, 2.45 * len(rows) + 0.3, title)
@@ -1012,7 +1021,30 @@ def save_panels(path, rows, title=""):
             ax.set_visible(False)
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, rotation=90, ha="right",
                      va="center", fontsize=12)
-    save_figure(fig, path)
+    save_figure(fig, path, tell)
+
+
+def save_process(path, shots, title, tell=True):
+    """Pictures while training, uint8 [N, C, H, W] by training and step: a row for each training.
+
+    One picture for all, since it is drawn again and again: a panel of matplotlib takes ten times
+    as long.
+    """
+    cells = [(name, step, make_grid(x, nrow=math.isqrt(len(x)), padding=1, pad_value=128), i, j)
+             for i, (name, row) in enumerate(shots.items())
+             for j, (step, x) in enumerate(row.items())]
+    columns = max(map(len, shots.values()))
+    height, width = cells[0][2].shape[1] + 30, cells[0][2].shape[2] + 20
+    fig, axes = figure(1, 1, 1.8 * columns, 1.8 * len(shots) * height / width + 0.3, title)
+    whole = torch.full((3, height * len(shots), width * columns), 255, dtype=torch.uint8)
+    for name, step, grid, i, j in cells:
+        top, left = i * height + 30, j * width
+        whole[:, top:top + grid.shape[1], left:left + grid.shape[2]] = grid
+        axes[0, 0].text(left, top - 8, f"{name}, step {step:,}" if j == 0 else f"step {step:,}",
+                        fontsize=9)
+    axes[0, 0].imshow(whole.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes[0, 0].axis("off")
+    save_figure(fig, path, tell)
 
 
 def plot_curves(path, log, columns, title=""):
@@ -1029,9 +1061,23 @@ def plot_curves(path, log, columns, title=""):
     save_figure(fig, path)
 
 
-def save_figure(fig, path):
+def save_figure(fig, path, tell=True):
     """Writes a figure as PNG, and says where."""
     write_whole(path, lambda file: fig.savefig(file, dpi=110, format="png"))
+    if tell:
+        print(f"wrote {relative(path)}")
+
+
+def save_animation(figures, path):
+    """Writes figures of one size as an animated GIF: a fifth of a second each, two for the last."""
+    frames = []
+    for fig in figures:
+        file = io.BytesIO()
+        fig.savefig(file, dpi=80, format="png")
+        frames.append(Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
+    write_whole(path, lambda file: frames[0].save(
+        file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+        duration=[200] * (len(frames) - 1) + [2000]))  # milliseconds
     print(f"wrote {relative(path)}")
 
 

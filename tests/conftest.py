@@ -52,10 +52,10 @@ def digits_dir(tmp_path_factory):
 def no_figures(request, monkeypatch):
     """None is made, which takes longer than a few steps of training; if the test is marked with
     draws, all are made and none is written."""
-    monkeypatch.setattr(common, "save_figure", lambda fig, path: None)
+    monkeypatch.setattr(common, "save_figure", lambda fig, path, tell=True: None)
     if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr(common, "save_panels", lambda path, rows, title="": None)
-        monkeypatch.setattr(common, "plot_curves", lambda path, log, columns, title="": None)
+        for name in ("save_panels", "save_process", "save_animation", "plot_curves"):
+            monkeypatch.setattr(common, name, lambda *args, **more: None)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def kill(script, out, data, after, sign):
     except subprocess.TimeoutExpired:
         process.send_signal(sign)
     error = process.communicate()[1]
-    before = "<frozen importlib" in error or "\n    import " in error  # our first line had not begun
+    before = "<frozen importlib" in error or "\n    import " in error  # ours had not begun
     if "Traceback" in error and not before:
         sys.exit(f"{script}, killed by {sign.name}: {error}")
     for file in out.rglob("*.pt"):
