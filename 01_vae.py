@@ -254,7 +254,7 @@ def train(run, args, objective, images):
 # --- measures ----------------------------------------------------------------------------------
 
 def results(args, name, objective, net, z_fixed, images, test):
-    """Numbers and pictures of a trained VAE; writes its weights, and the samples of the vae."""
+    """Numbers and pictures of a trained VAE; writes its weights, for vae samples and paths too."""
     torch.manual_seed(args.seed)  # the same binarised test pictures in every run
     x01 = (common.to_float(test.x[:args.n_test]) + 1) / 2
     x = observed(objective, x01)
@@ -263,6 +263,8 @@ def results(args, name, objective, net, z_fixed, images, test):
     common.save(net.state_dict(), args.out / f"weights_{name}.pt")
     if name == "vae":
         common.save(common.to_uint8(generate(net, z_fixed)).cpu(), args.out / "samples.pt")
+        common.save(common.paths(lambda z: generate(net, z), net.encode(x)[0]),
+                    args.out / "paths.pt")
     x_train = observed(objective, (common.to_float(images.x[:32]) + 1) / 2)
     return {"likelihood": objective.likelihood, "pictures": pictures(net, x, x_train, samples),
             **measure(net, objective, x01[:n], x[:n], args.k_test),

@@ -14,8 +14,9 @@ See      samples.png: what each G draws from the same z. saturation.png: three
          eps in Adam, which would hide it). Printed: how many classes G draws,
          and a hint when both losses stand still and the reason is known.
 Differs  D has no batch norm, so that every score is of one picture alone. Adam
-         for all, at rates that fall along a cosine. WGAN makes 3 steps of D to
-         one of G and WGAN-GP 2 (in the papers 5). See the class of a method.
+         for all, at rates that fall to 0 in the second half of the steps. What
+         is kept is an average of G's weights. The penalties have the weight 1,
+         in the papers 10. See the class of a method.
 Try      --loss minimax-ahead --real-label 0.9: where will loss_d stop falling?
 Run      python 02_gan_losses.py    (minimax, nonsaturating, lsgan, each twice)
          python 02_gan_losses.py --loss all
@@ -41,8 +42,10 @@ CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in i
 MARGIN = 0.3                     # ebgan: for errors that are roots of mean squares
 GAMMA, LAMBDA_K = 0.9, 0.1       # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
 LABEL = 3.0                      # what the 1 of a one-hot label is multiplied by
+MISTAKES = ["double-sigmoid", "averaged-log", "other-size"]  # for --break
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
+N_PATHS = 1000                   # z in paths_{loss}.pt
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -326,7 +329,7 @@ class Minimax:
 
     def loss_d(self, D, x, x_fake, y):
         """What D descends. Data and fakes, drawn for the same y, go through D in one pass."""
-        real, fake = self.score(D, torch.cat([x, x_fake]), torch.cat([y, y])).split(len(x))
+        real, fake = self.score(D, x, y), self.score(D, x_fake, y)
         return self.d(real, fake)
 
     def after_d(self, D):
@@ -504,6 +507,79 @@ METHODS = {"minimax": Minimax, "nonsaturating": Nonsaturating, "lsgan": LSGAN, "
            "nonsaturating-ahead": NonsaturatingAhead, "lsgan-ahead": LSGANAhead}
 
 
+# --- broken on purpose -------------------------------------------------------------------------
+# Three mistakes of the coursework's GANs, whose losses then tell what was wrong.
+
+class TwoSigmoids(nn.Module):
+    """A D that ends in a sigmoid, in front of a loss that applies another one."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.D = D
+
+    def forward(self, x):
+        score, guess = self.D(x)
+        return score.sigmoid(), guess
+
+
+class AnySize(nn.Module):
+    """A D that averages its last maps to 4x4 and so takes pictures of every size from 8x8 on."""
+
+    def __init__(self, c, width):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(c, width, kernel_size=4, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(width, 2 * width, kernel_size=4, stride=2, padding=1), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * width, 1), nn.Flatten(0))
+
+    def forward(self, x):
+        return self.layers(x), None
+
+
+def other_size(d_z, c):
+    """The coursework's generator: its last two layers make 16x16 to 12x12 and that to 21x21.
+
+    A kernel of 1 with stride 2 leaves most pixels 0 whatever z is, and no training mends that.
+    """
+    return nn.Sequential(
+        nn.Unflatten(1, (d_z, 1, 1)),
+        nn.ConvTranspose2d(d_z, 512, kernel_size=4), nn.BatchNorm2d(512), nn.ReLU(),       # 4x4
+        nn.ConvTranspose2d(512, 256, kernel_size=4, stride=2, padding=1),
+        nn.BatchNorm2d(256), nn.ReLU(),                                                    # 8x8
+        nn.ConvTranspose2d(256, 128, kernel_size=4, stride=2, padding=1),
+        nn.BatchNorm2d(128), nn.ReLU(),                                                    # 16x16
+        nn.ConvTranspose2d(128, 32, kernel_size=1, padding=2, bias=False),
+        nn.BatchNorm2d(32), nn.ReLU(),                                                     # 12x12
+        nn.ConvTranspose2d(32, c, kernel_size=1, stride=2, padding=1, bias=False), nn.Tanh())
+
+
+def break_it(mistake, method, G, D, c):
+    """G and D with one of the MISTAKES in them or, for averaged-log, in method's loss."""
+    if mistake == "double-sigmoid":
+        D = TwoSigmoids(D)
+    elif mistake == "averaged-log":
+        method.d = lambda real, fake, d=method.d: d(real, fake) / 2
+    elif mistake == "other-size":
+        G, D = other_size(method.args.z_dim, c), AnySize(c, width=32)
+    return G, D
+
+
+def unmendable(x, x_fake):
+    """What sets G's pictures apart from the data whatever G learns, or None: size, constant pixels.
+
+    x, x_fake: [B, C, H, W]. Compare these first if D wins and nothing helps.
+    """
+    told = []
+    if x.shape[1:] != x_fake.shape[1:]:
+        told.append(f"the data are {tuple(x.shape[1:])}, G draws {tuple(x_fake.shape[1:])}")
+    constant = (x_fake == x_fake[:1]).all(dim=0)  # the same for every z
+    if len(x_fake) > 1 and constant.any():
+        told.append(f"{constant.float().mean():.1%} of G's pixels are the same for every z: "
+                    f"{x_fake[0][constant].mean():g}, the commonest value of the data is "
+                    f"{x.flatten().mode().values:g}")
+    return "; ".join(told) or None
+
+
 # --- train -------------------------------------------------------------------------------------
 
 def schedule(name, opt, steps):
@@ -528,7 +604,8 @@ def train(run, args, method, images):
     steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every method
     z_fixed = with_labels(z_fixed, method.sample_labels(args.n_samples).to(run.device))
-    G, D = (net.to(run.device) for net in method.nets(c, side))
+    G, D = break_it(args.breaks, method, *method.nets(c, side), c)
+    G, D = G.to(run.device), D.to(run.device)
     # what is kept is an average of G's weights, over about a quarter of the steps
     average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / steps)))
     # the methods' rates are for 28 pixels: at 64, with two layers more, 4e-3 diverges in 200 steps
@@ -547,6 +624,8 @@ def train(run, args, method, images):
             x, y = next(batches)
             y = method.labels(x, y)
             x_fake = G(with_labels(torch.randn(len(x), args.z_dim, device=run.device), y))
+            if step == 1 and (why := unmendable(x, x_fake)):
+                common.say(f"{run.name}: no training mends this: {why}")
             loss_d = method.loss_d(D, noisy(x, std), noisy(x_fake.detach(), std), y)
             if args.r1:
                 loss_d = loss_d + args.r1 / 2 * r1_penalty(lambda x: method.score(D, x, y), x)
@@ -599,16 +678,13 @@ def generate(G, z):
 # --- measures ----------------------------------------------------------------------------------
 
 def readings(method, G, D, x, x_fake, y):
-    """What the log keeps beside the losses, after a step of G; D without its dropout.
+    """What the log keeps beside the losses, after a step of G.
 
     D(x), D(G(z)): means of method.read of the scores, σ of logits. slope: Σ |∂loss_G/∂score|, the
     mean slope of a score, since the loss is a mean. gradient: the norm of what reached G's weights.
     """
-    D.eval()
     with torch.no_grad():
-        scores = method.score(D, torch.cat([x, x_fake]), torch.cat([y, y]))
-        real, fake = (method.sign * scores).split(len(x))
-    D.train()
+        real, fake = (method.sign * method.score(D, pictures, y) for pictures in (x, x_fake))
     fake = fake.clone().requires_grad_()
     slope, = torch.autograd.grad(method.g(fake), fake)
     numbers = {"D(x)": method.read(real).mean().item(), "D(G(z))": method.read(fake).mean().item(),
@@ -622,23 +698,30 @@ def readings(method, G, D, x, x_fake, y):
 def fingerprint(loss_d, loss_g, real_label=1.0):
     """The likely cause of two losses that stand still, or None if none is known.
 
-    loss_d: by bce_d, the sum for data and fakes; loss_g: by minimax_g or nonsaturating_g; nats;
-    loss_g is compared without its sign, which is minimax_g's alone.
+    loss_d: by bce_d, the sum for data and fakes, or half of it; loss_g: by minimax_g or
+    nonsaturating_g; nats; loss_g is compared without its sign, which is minimax_g's alone.
     """
-    entropy = 0.0 if real_label in (0, 1) else -(real_label * math.log(real_label)
-                                                 + (1 - real_label) * math.log(1 - real_label))
+    def cross_entropy(a, label):
+        return label * math.log1p(math.exp(-a)) + (1 - label) * math.log1p(math.exp(a))
+
     log_2 = math.log(2)
+    smooth = 0 < real_label < 1
+    logit = math.log(real_label / (1 - real_label)) if smooth else math.inf * (real_label - 0.5)
+    entropy = cross_entropy(logit, real_label) if smooth else 0.0
+    # a sigmoid taken twice: the best "logits" in [0, 1] for data and, whose label is 0 or 1, fakes
+    sure, fake = min(1.0, max(0.0, logit)), float(real_label == 0)
     known = [
         (2 * log_2, log_2, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
-        # what are taken for logits are probabilities: at best 1 for data and 0 for fakes
-        (math.log(1 + math.exp(-1)) + log_2, log_2, "a sigmoid applied twice (softplus(-1) + ln 2 "
-         "and ln 2): D must return logits"),
+        (cross_entropy(sure, real_label) + cross_entropy(fake, fake), cross_entropy(fake, 1),
+         "a sigmoid applied twice: D must return logits, and these are probabilities, "
+         f"{sure:.3g} for data and {fake:g} for fakes"),
         (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
         (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
     ]
-    for d, g, cause in known:
-        if abs(loss_d - d) < 0.005 and (g is None or abs(abs(loss_g) - g) < 0.005):
-            return cause
+    for halves, scale in (("", 1.0), (" (loss_d is the mean of its halves, not the sum)", 0.5)):
+        for d, g, cause in known:
+            if abs(loss_d - scale * d) < 0.005 and (g is None or abs(abs(loss_g) - g) < 0.005):
+                return cause + halves
     return None
 
 
@@ -664,6 +747,8 @@ def report(x, y, images, method):
     classes: how many labels these have; kl: of their histogram to uniform, nats; obeyed: share of
     samples with the label asked for (infogan: with the most frequent class of their made-up label).
     """
+    if x.shape[1:] != images.x.shape[1:]:
+        return {}  # pictures of another size are like none of them
     train = common.to_float(images.x[:10_000]).flatten(1)
     nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
     distance = torch.cat([n.values for n in nearest]) / train.shape[1] ** 0.5
@@ -760,6 +845,9 @@ def parse_args(argv=None):
     g.add_argument("--input-noise", type=common.number(float, 0, 1), default=0.0,
                    help="standard deviation of noise on D's input, in [-1, 1] units, falls to 0")
     g.add_argument("--r1", type=common.number(float, 0), default=0.0, help="weight of R1, gamma")
+    g.add_argument("--break", choices=MISTAKES, dest="breaks", help="trains with a mistake of the "
+                   "coursework, to see its log: a D that ends in a sigmoid, which the loss takes "
+                   "again; a loss_d that is a mean of two; a G that draws 21x21")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(data="digits", steps=8, n_samples=1000))
     args.loss = list(METHODS) if "all" in args.loss else list(dict.fromkeys(args.loss))
@@ -776,6 +864,8 @@ def check(args, images):
                         "its subfolders, two or more, with all pictures in them")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
+        if args.breaks and (method.d is not bce_d or method.labels is not Minimax.labels):
+            common.fail(f"--break is for minimax and nonsaturating, not for {name}")
         if issubclass(method, EBGAN):
             common.check_batch(args, images, f"{name} compares the pictures of a batch")
         if issubclass(method, EBGAN) and args.r1:
@@ -794,6 +884,8 @@ def main(argv=None):
             samples = generate(G, z_fixed)
             y = torch.arange(args.n_samples) % classes  # as in sample_labels
             common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
+            common.save(common.paths(lambda z: generate(G, z), z_fixed[:N_PATHS]),
+                        args.out / f"paths_{name}.pt")
             common.save(G.state_dict(), args.out / f"weights_{name}.pt")
             run.done[name] = {"pictures": common.to_uint8(samples[:60]).cpu(),
                               **report(samples[:N_NEAREST], y[:N_NEAREST], images, method)}

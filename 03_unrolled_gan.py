@@ -13,8 +13,9 @@ See      process.png: training from left to right, k = 0 above k = 5. Printed:
          samples within 3 standard deviations of one. k = 5 reaches 8, 93 % good
          (data: 98.9 %); k = 0 chases one after the other and stays on none.
 Differs  Plain gradient steps inside the unrolling, Adam outside, at rates that
-         fall along a cosine. D has one hidden layer; with two, k = 0 reaches 8
-         modes too. On pictures G descends the non-saturating loss at θ_D^k.
+         fall to 0 in the second half. D has one hidden layer; with two, k = 0
+         reaches 8 modes too. On pictures G descends the non-saturating loss at
+         θ_D^k, and what is kept is an average of its weights.
 Try      With --method rollback the gradient does not pass through D's answer.
          Will the ring still be covered? Predict, then run.
 Run      python 03_unrolled_gan.py

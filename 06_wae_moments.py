@@ -31,6 +31,7 @@ import common
 
 HIDDEN = 512                     # width of the layer beside the code, both sides
 N_SAMPLES = 10_000               # pictures in samples_{model}.pt
+N_PATHS = 1000                   # test pictures in paths_{model}.pt
 N_CODES = 2000                   # codes that are compared with N(0, I)
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which codes and pictures are kept
 
@@ -189,13 +190,15 @@ def train(run, args, name, images, test):
 # --- measures ----------------------------------------------------------------------------------
 
 def results(args, name, net, u, images, test):
-    """Numbers and pictures of a trained model; writes samples_{name}.pt and weights_{name}.pt."""
+    """Numbers and pictures of a trained model; writes its samples, paths and weights."""
     x = common.to_float(test.x)
     z = in_parts(lambda x: net.encode(common.to_float(x)), images.x)
     z_test = in_parts(net.encode, x)
     samples = in_parts(net.decode, u)
     fitted = in_parts(net.decode, z.mean(dim=0) + z.std(dim=0) * u[:1000])
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
+    common.save(common.paths(lambda z: in_parts(net.decode, z), z_test[:N_PATHS]),
+                args.out / f"paths_{name}.pt")
     common.save(net.state_dict(), args.out / f"weights_{name}.pt")
     return {"pictures": pictures(net, x, z, samples, fitted),
             "codes": z.cpu(), "test codes": z_test.cpu(),

@@ -6,14 +6,15 @@ Papers   Arjovsky 2017, arXiv:1701.07875; Gulrajani 2017, arXiv:1704.00028;
 Idea     W1(p, q) = max of E_p D - E_q D over all D of slope <= 1  -> wgan_d()
          To hold the slope, clip D's weights                       -> clip()
          or divide each layer by its largest singular value -> spectral_norm()
-         or add 10 E (‖∇D(x̂)‖ - 1)² to D's loss      -> gradient_penalty()
+         or add λ E (‖∇D(x̂)‖ - 1)² to D's loss       -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)) for classes y        -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)      -> frechet_distance()
 See      samples.png; scores.png: both scores and D's slope while training;
          truncation.png. On MNIST the FID is 76 for vanilla, 87 for wgan-gp and
          111 for wgan: where the plain GAN is stable, these ways do not help.
-Differs  Adam at 4e-3 (wgan's D: 1e-3), falling along a cosine; one step of D to
-         one of G. The papers have rates up to 2e-4 and often five steps of D.
+Differs  Adam at 5e-4 to 2e-3, falling to 0 in the second half; one step of D to
+         one of G; an average of G's weights is kept. The papers have rates up
+         to 2e-4, often five steps of D, and a penalty with the weight 10.
          Grey pictures are scored by a small classifier of the data in place of
          Inception, so their scores do not compare with published ones.
 Try      With --n-critic 5, which model loses the least? Predict, then run.
@@ -136,8 +137,8 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
     """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
     One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
-    Add 10 times this to the critic's loss; x_fake detached, for G has no part in it. Raises
-    ValueError if the shapes differ.
+    Add λ times this to the critic's loss (λ = 10 in the paper); x_fake detached, for G has no part
+    in it. Raises ValueError if the shapes differ.
     """
     if x_real.shape != x_fake.shape:
         raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
@@ -540,6 +541,21 @@ def measure(ruler, x, images):
             "distance": nearest_distance(common.to_float(x[:N_NEAREST]), images)}
 
 
+def path_measure(net, x):
+    """What lies in the middle of the ways x, uint8 [N, 3, C, H, W]: start, middle, end.
+
+    third: share of the middles that net reads as a class of neither end; confidence: mean of its
+    highest probability there; ground: how light, from 0 to 1, the middle is where both ends are
+    black (darker than 5 %).
+    """
+    probs = [read(net, part)[1] for part in x.unbind(dim=1)]
+    start, middle, end = (p.argmax(dim=1) for p in probs)
+    black = (x[:, [0, 2]] < 13).all(dim=1)
+    return {"n": len(x), "third": ((middle != start) & (middle != end)).double().mean().item(),
+            "confidence": probs[1].amax(dim=1).mean().item(),
+            "ground": x[:, 1][black].double().mean().item() / 255}
+
+
 def print_measures(title, ruler, measured, columns):
     """A table with one row for each name of `measured`."""
     header = [f"{ruler.name} {column}" if column in ("FID", "IS") else column for column in columns]
@@ -549,22 +565,38 @@ def print_measures(title, ruler, measured, columns):
 
 
 def score_files(args, images, ruler):
-    """scored.png and a table, the best FID first, of the files that --score names."""
+    """scored.png and a table, the best FID first, of the files that --score names.
+
+    Files of ways between two pictures (common.paths) have a table of their own.
+    """
     d, shape, measured = ruler.reference.shape[1], list(images.x.shape[1:]), {}
+    paths = {}
     for path in dict.fromkeys(args.score):
         try:
             x = torch.load(path, map_location=images.x.device, weights_only=True)
             fits = x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x) > d
+            is_path = x.dtype == torch.uint8 and list(x.shape[1:]) == [3, *shape] and len(x) > 0
         except Exception:  # whatever is wrong with the file, the answer is the same
             common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 "
                         "tensor [N, C, H, W]")
         if fits:
             measured[common.relative(path)] = measure(ruler, x, images)
+        elif is_path and ruler.own:
+            paths[common.relative(path)] = path_measure(ruler.net, x)
         else:
             print(f"left out: {path} holds {x.dtype} {list(x.shape)}; wanted are {d + 1} or more "
                   f"pictures, torch.uint8 {shape}")
-    if not measured:
+    if not measured and not paths:
         common.fail("no file is left to score: are they of this data set? (see --data)")
+    if paths:
+        x = images.x[:1001]
+        mixed = ((x[:-1].float() + x[1:]) / 2).to(torch.uint8)
+        paths["mean of two training pictures"] = path_measure(
+            ruler.net, torch.stack([x[:-1], mixed, x[1:]], dim=1))
+        print_measures(f"{images.name}, halfway", ruler, paths,
+                       ["n", "third", "confidence", "ground"])
+    if not measured:
+        return
     measured = dict(sorted(measured.items(), key=lambda item: item[1]["FID"]))
     draw_samples(args.out / "scored.png", images, measured, f"{ruler.name} scores, {images.name}")
     print_measures(f"{images.name} (compare rows of equal n)", ruler, measured
@@ -642,7 +674,8 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
-                   help="trains no GAN: scores samples*.pt of any chapter, or your uint8 tensor")
+                   help="trains no GAN: scores samples*.pt and paths*.pt of any chapter, or "
+                   "your uint8 tensor")
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=2000)
     args = common.parse(p, argv, quick=dict(data="digits", steps=12, classifier_steps=20,
                                             n_samples=1000, n_score=200))

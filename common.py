@@ -842,6 +842,15 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def paths(draw, codes):
+    """Both ends and the middle of the way between neighbours: uint8 [N - 1, 3, C, H, W].
+
+    draw(codes [N, d]) -> pictures in [-1, 1]. For 07's --score.
+    """
+    ends, middle = (to_uint8(draw(part)).cpu() for part in (codes, (codes[:-1] + codes[1:]) / 2))
+    return torch.stack([ends[:-1], middle, ends[1:]], dim=1)
+
+
 def batches(images, batch_size, seed, step=0, part=slice(None)):
     """Endless shuffled batches (x float in [-1, 1], y or None) of Images, from number `step` on.
 

@@ -394,6 +394,37 @@ def test_fingerprints_know_their_losses(a):
     assert losses.fingerprint(1.0 + 0.1, 1.5 + abs(a)) is None
 
 
+@pytest.mark.parametrize("real_label, d, g", [
+    (1.0, "1.0064", "0.6931"), (0.9, "1.1064", "0.6931"), (0.0, "1.0064", "0.3133")])
+def test_fingerprints_of_two_sigmoids_for_every_label(real_label, d, g):
+    """Of all pairs of "logits" in [0, 1] the best one is found by search, and then recognised."""
+    line = torch.linspace(0, 1, 101)
+    real, fake = torch.cartesian_prod(line, line).T
+    loss = torch.stack([losses.bce_d(r[None], f[None], real_label) for r, f in zip(real, fake)])
+    best = loss.argmin()
+    loss_g = losses.nonsaturating_g(fake[best][None])
+    assert (f"{loss[best]:.4f}", f"{loss_g:.4f}") == (d, g)
+    for scale in (1.0, 0.5):
+        told = losses.fingerprint(scale * loss[best].item(), loss_g.item(), real_label)
+        assert "twice" in told and ("halves" in told) == (scale == 0.5)
+
+
+@given(seeds(), st.floats(0, 1))
+def test_labels_without_noise_draw_no_random_number(seed, real_label):
+    """So that a training with the plain loss is the same to the bit as one without this flag."""
+    real, fake, rng = normal(seed, 4), normal(seed + 1, 5), generator(seed)
+    before, of_all = rng.get_state(), torch.get_rng_state()
+    losses.bce_d(real, fake, real_label, 0.0, rng)
+    assert torch.equal(rng.get_state(), before) and torch.equal(torch.get_rng_state(), of_all)
+    losses.bce_d(real, fake, real_label, 0.1, rng)
+    assert not torch.equal(rng.get_state(), before)
+
+
+def test_the_log_of_averaged_halves_starts_at_log_2():
+    start = math.log(2), math.log(2)
+    assert "1/2" in losses.fingerprint(*start) and "halves" in losses.fingerprint(*start)
+
+
 @given(seeds(), st.integers(1, 40))
 def test_report_counts_copies_of_training_pictures(seed, n):
     """Copies of training pictures, asked for with labels that are right for some of them."""
@@ -511,19 +542,41 @@ def test_g_draws_what_it_is_told(tmp_path, digits_dir, monkeypatch, name):
 
 
 def test_a_d_that_ends_in_a_sigmoid_is_named_in_the_run(tmp_path, digits_dir, monkeypatch, capsys):
-    """It says 1 to data and 0 to the last eight, the fakes: probabilities where logits are due."""
+    """It says 1 to dark pictures, the data, and 0 to grey fakes: probabilities, no logits."""
     build = losses.Minimax.nets
 
     def sure(method, c, side):
         G, D = build(method, c, side)
-        D.forward = lambda x: ((torch.arange(len(x)) < len(x) - 8) + 0 * x.mean((1, 2, 3))
-                                  + 0 * sum(p.sum() for p in D.parameters()), None)
+        D.forward = lambda x: ((x.mean((1, 2, 3)) < -0.4) + 0 * x.mean((1, 2, 3))
+                               + 0 * sum(p.sum() for p in D.parameters()), None)
         return G, D
     monkeypatch.setattr(losses.Minimax, "nets", sure)
     run(tmp_path, digits_dir, "--loss", "nonsaturating", "--steps", "4")
     assert "twice" in capsys.readouterr().out
     row = list(csv.DictReader((tmp_path / "log.csv").open()))[-1]
     assert float(row["D(x)"]) > 0.7 and float(row["D(G(z))"]) == 0.5
+
+
+@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("mistake, floor", [("double-sigmoid", 1.00636), ("averaged-log", 0.0),
+                                            ("other-size", 0.0)])
+def test_broken_on_purpose(tmp_path, digits_dir, capsys, mistake, floor):
+    run(tmp_path, digits_dir, "--loss", "nonsaturating", "--steps", "12", "--break", mistake)
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    told = capsys.readouterr().out
+    assert min(float(row["loss_d"]) for row in rows) >= floor - 1e-6
+    assert (abs(float(rows[0]["loss_d"]) - math.log(2)) < 0.1) == (mistake == "averaged-log")
+    # 21 x 21 = 441 pixels; with a kernel of 1 and stride 2, 10 x 10 of them hold a number
+    assert ("no training mends" in told) == (mistake == "other-size") == ("77.3%" in told)
+
+
+def test_constant_pixels_and_other_sizes_are_told():
+    x, x_fake = torch.rand(8, 1, 5, 5) - 2, torch.rand(8, 1, 5, 5)
+    x[0, 0, 0, :2] = -1.0
+    assert losses.unmendable(x, x_fake) is None and losses.unmendable(x, x_fake[:1]) is None
+    x_fake[:, :, :, 4] = 0.5
+    assert "20.0% of G's pixels are the same for every z: 0.5, " in losses.unmendable(x, x_fake)
+    assert "(1, 5, 5), G draws (1, 4, 5)" in losses.unmendable(x, x_fake[:, :, :4])
 
 
 def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):

@@ -827,7 +827,7 @@ def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, kept, monkeypat
 def rows(capsys):
     """The last table printed: its rows by their first cell, as dicts by column."""
     lines = capsys.readouterr().out.splitlines()
-    head = max(i for i, line in enumerate(lines) if "digit FID" in line)
+    head = max(i for i, line in enumerate(lines) if "digit FID" in line or "halfway" in line)
     _, *names = re.split(r"  +", lines[head].replace("digit FID", "FID").replace("digit IS", "IS"))
     found = {}
     for line in lines[head + 1:]:
@@ -879,6 +879,28 @@ def test_the_scores_are_of_the_reference_and_of_the_classes():
     assert found["IS"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)))
     s, s_ref = (math.sqrt(v * 40 / 39) for v in (0.75, 1.0))  # of -1 and 1 in these shares
     assert found["FID"] == pytest.approx(0.25 + (s - s_ref) ** 2, rel=1e-6)
+
+
+def test_the_middle_of_a_way_is_read_and_its_ground_measured(tmp_path, digits_dir, kept, capsys):
+    """A net whose class is the brightness of one pixel in thirds; the ground is another pixel."""
+    def net(x):
+        third = ((x[:, 0, 0, 0] + 1) * 1.499).long()
+        return x.flatten(1), 2.0 * nn.functional.one_hot(third, 3)
+
+    x = torch.zeros(4, 3, 1, 2, 2, dtype=torch.uint8)  # start, middle, end
+    x[:, 2, 0, 0, 0] = 255                             # from class 0 to class 2
+    x[:3, 1, 0, 0, 0] = 128                            # three middles of class 1, one of class 0
+    x[:, 1, 0, 1, 1] = 51
+    x[:, 0, 0, 0, 1] = 255                             # an end that is not black
+    found = gan.path_measure(net, x)
+    assert found["third"] == 0.75 and found["n"] == 4
+    assert found["ground"] == pytest.approx(0.2 / 2)   # of two pixels that are black at both ends
+    assert found["confidence"] == pytest.approx(math.e ** 2 / (math.e ** 2 + 2))
+    torch.save(x.repeat(1, 1, 1, 14, 14), tmp_path / "paths.pt")
+    run(tmp_path, digits_dir, kept, "--score", str(tmp_path / "paths.pt"))
+    shown = rows(capsys)
+    assert shown[common.relative(tmp_path / "paths.pt")]["n"] == "4"
+    assert "mean of two training pictures" in shown and "noise" not in shown
 
 
 def test_the_classifier_is_kept_and_refused_when_it_does_not_fit(tmp_path, digits_dir, kept, capsys,

@@ -120,6 +120,14 @@ def test_scaling_round_trips_every_byte():
     assert torch.equal(common.to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255]).byte())
 
 
+def test_paths_lead_from_each_code_over_the_middle_to_the_next():
+    codes = torch.tensor([[0.0, 0.2], [1.0, 0.4], [-1.0, 0.0]])
+    got = common.paths(lambda z: z[:, None, None], codes)
+    wanted = [[codes[i], (codes[i] + codes[i + 1]) / 2, codes[i + 1]] for i in range(2)]
+    wanted = common.to_uint8(torch.stack([torch.stack(way) for way in wanted]))
+    assert torch.equal(got, wanted[:, :, None, None])
+
+
 def test_mnist_is_read_from_files_without_download(tmp_path, no_download):
     pixels = write_mnist(tmp_path / "data")
     images = common.load_images(arguments(tmp_path, "--data", "mnist"), "cpu")
