@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import common
+from own_functions import Mine
 
 torch.set_num_threads(1)  # the same rounding on every machine, and no fight over two cores
 
@@ -17,6 +18,17 @@ settings.register_profile("everyday", deadline=None, print_blob=True, max_exampl
                           suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", settings.get_profile("everyday"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mine", metavar="FILE", default="tests",  # see .pytest.ini
+                     help="put the functions of this Python file in the place of the book's, and "
+                          "run the properties that are about them, nothing else")
+
+
+def pytest_configure(config):
+    if config.getoption("mine", "tests") != "tests":
+        config.pluginmanager.register(Mine(config))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,6 +24,37 @@ EPS = torch.finfo(torch.float64).eps
 sizes = st.integers(1, 8)
 
 
+# --- the losses, against sums over Python numbers ----------------------------------------------
+
+def losses_are_their_formulas(bce_d, nonsaturating_g, wgan_d, wgan_g, seed, n):
+    """softplus(a) = log (1 + e^a) of numbers of a few σ = 3: sums of n terms, each positive."""
+    real, fake = 3 * normal(seed, n), 3 * normal(seed + 1, n)
+    r, f = real.tolist(), fake.tolist()
+    size = 1 + max(map(abs, r + f))
+    for got, expected in [
+            (bce_d(real, fake), sum(math.log1p(math.exp(-a)) for a in r) / n
+             + sum(math.log1p(math.exp(a)) for a in f) / n),
+            (nonsaturating_g(fake), sum(math.log1p(math.exp(-a)) for a in f) / n),
+            (wgan_d(real, fake), sum(f) / n - sum(r) / n),
+            (wgan_g(fake), -sum(f) / n)]:
+        assert_close(got.item(), expected, rtol=0, atol=8 * (n + 1) * EPS * size)
+
+
+@given(seeds(), sizes)
+def test_losses_are_their_formulas(seed, n):
+    losses_are_their_formulas(gan.bce_d, gan.nonsaturating_g, gan.wgan_d, gan.wgan_g, seed, n)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+@pytest.mark.parametrize("twin", [
+    lambda loss: lambda *a: -loss(*a), lambda loss: lambda *a: 2 * loss(*a),
+    lambda loss: lambda *a: loss(*(x.sigmoid() for x in a))])
+def test_wrong_losses_are_rejected(twin, wrong):
+    four = [gan.bce_d, gan.nonsaturating_g, gan.wgan_d, gan.wgan_g]
+    four[wrong] = twin(four[wrong])
+    assert rejected(losses_are_their_formulas, *four, 0, 5)
+
+
 # --- spectral norm -----------------------------------------------------------------------------
 
 def unit(seed, n):
