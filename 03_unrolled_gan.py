@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 
-# The same for every k. k, steps, batch and eta have flags, which take their place.
+# The same for every k. k, steps, batch, eta and z_dim have flags, which take their place.
 POINTS = dict(k=[0, 5], steps=5000, batch=128, eta=0.1, z_dim=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
               saturating=True, averaged=False)
 # eta: a step moves the logit of a linear D by up to eta ‖x‖², and ‖x‖² of a digit is near 784
@@ -380,6 +380,8 @@ def parse_args(argv=None):
                    "given: 5000, for the grid 8000, for pictures 1200")
     g.add_argument("--batch", type=common.number(int, 1), help="points or pictures in a batch; if "
                    "not given: 128, for pictures 64")
+    g.add_argument("--z-dim", type=common.number(int, 1), help="length of z; if not given: 16, for "
+                   "pictures 50")
     g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps per step")
     g.add_argument("--d-steps", type=common.number(int, 1), default=1, help="D steps per step")
     p.set_defaults(n_samples=N_SAMPLES)

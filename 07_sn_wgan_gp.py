@@ -38,13 +38,11 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 import common
 
 LR = 5e-4, 2e-3                  # Adam's rates at the start, of D and of G
-ADAM_BETAS = (0.0, 0.9)
 SMALL = 1024                     # numbers in a picture up to which networks are fully connected
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 LAMBDA = 1.0                     # weight of the gradient penalty: Gulrajani 2017 has 10
 CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
-Z = 64                           # length of z
 N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
 TREND = 0.6                      # share of the trend that stays from one score to the next
 LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of the truncated z
@@ -220,15 +218,15 @@ def channels(side, width):
     return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
-def generator(c, side):
-    """[B, Z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
+def generator(d_z, c, side):
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
 
     Of small grey pictures: fully connected layers, and few convolutions at the end.
     """
     dense = c * side ** 2 <= SMALL
     widths, small = channels(side, 8 if dense else 32)
     layers = []
-    for i, o in pairwise([Z, *HIDDEN_G * dense, widths[-1] * small ** 2]):
+    for i, o in pairwise([d_z, *HIDDEN_G * dense, widths[-1] * small ** 2]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
     layers.append(nn.Unflatten(1, (widths[-1], small, small)))
     for i, o in pairwise([widths[-1], *widths[::-1]]):
@@ -276,6 +274,7 @@ class Model(NamedTuple):
     after_d: Callable = lambda D: None            # done to D after each of its steps
     sn: bool = False             # D with spectral norm
     lr: tuple = LR               # of D, of G
+    beta2: float = 0.9           # of Adam; beta1 is 0
 
     def loss_d(self, D, x, x_fake):
         """What D descends. Data and fakes go through D in one pass."""
@@ -289,9 +288,9 @@ class Model(NamedTuple):
 
 MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
-    "sn": Model(bce_d, nonsaturating_g, sn=True),
+    "sn": Model(bce_d, nonsaturating_g, sn=True, lr=(3e-4, 2e-3), beta2=0.999),
     "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3)),
-    "wgan-sn": Model(wgan_d, wgan_g, sn=True),
+    "wgan-sn": Model(wgan_d, wgan_g, sn=True, lr=(3e-4, 2e-3), beta2=0.999),
     "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
                      LAMBDA * gradient_penalty(D, x, x_fake), lr=(1e-3, 2e-3)),
 }
@@ -340,10 +339,11 @@ def train(run, args, model, n_critic, images, ruler):
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps = max(1, round(args.steps / (1 + n_critic)))
-    z_fixed = torch.randn(args.n_samples, Z).to(run.device)  # the same for every model
-    G, D = generator(c, side).to(run.device), discriminator(c, side, model.sn).to(run.device)
+    z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
+    G = generator(args.z_dim, c, side).to(run.device)
+    D = discriminator(c, side, model.sn).to(run.device)
     lower = min(1.0, (28 / side) ** 2)  # the rates are for 28 pixels: at 64, training diverges
-    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
+    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr * lower, (0.0, model.beta2), fused=True)
                     for net, lr in zip((D, G), model.lr))
     rate_d, rate_g = (torch.optim.lr_scheduler.LambdaLR(
         opt, lambda step: min(1, 2 - 2 * step / steps)) for opt in (opt_d, opt_g))
@@ -356,7 +356,7 @@ def train(run, args, model, n_critic, images, ruler):
         # D's half, n_critic times: descend its loss on data and on G's pictures, G untouched
         for _ in range(n_critic):
             x = next(batches)[0]
-            x_fake = G(torch.randn(len(x), Z, device=run.device))
+            x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
             loss_d = model.loss_d(D, x, x_fake.detach())
             opt_d.zero_grad()
             loss_d.backward()
@@ -648,11 +648,11 @@ def trend(values):
 
 def truncation(args, images, ruler, label, weights):
     """truncation.png and its table: one G whose z lie within a limit, measured for each limit."""
-    G = generator(*images.x.shape[1:3]).to(images.x.device)
+    G = generator(args.z_dim, *images.x.shape[1:3]).to(images.x.device)
     G.load_state_dict(weights)
     rng, measured = torch.Generator().manual_seed(args.seed), {}
     for limit in LIMITS:
-        z = truncated_normal(args.n_samples // 2, Z, limit, rng).to(images.x.device)
+        z = truncated_normal(args.n_samples // 2, args.z_dim, limit, rng).to(images.x.device)
         measured[f"|z| < {limit:g}"] = measure(ruler, generate(G, z), images)
     draw_samples(args.out / "truncation.png", images, measured, f"{label} on {images.name}, seed "
                  f"{args.seed}, {args.n_samples // 2:,} samples for each limit of |z|")
@@ -668,8 +668,9 @@ def parse_args(argv=None):
                    help=f"{', '.join(MODELS)}")
     g.add_argument("--n-critic", nargs="+", type=common.number(int, 1), default=[1], metavar="N",
                    help="D's steps to one of G; every model is trained with each of them")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.number(int, 1), default=1200,
+    g.add_argument("--steps", type=common.number(int, 1), default=4000,
                    help="of D and G together, in each training")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("scores")

@@ -320,8 +320,9 @@ def test_a_k_that_is_named_twice_is_trained_once(tmp_path, straight):
 
 
 @pytest.mark.usefixtures("no_checkpoints")
-def test_the_batch_reaches_the_training(tmp_path, straight):
-    assert not same(run(tmp_path, "--batch", "100"), straight)
+@pytest.mark.parametrize("flags", [["--batch", "100"], ["--z-dim", "3"]])
+def test_the_batch_and_the_length_of_z_reach_the_training(tmp_path, straight, flags):
+    assert not same(run(tmp_path, *flags), straight)
 
 
 @pytest.mark.usefixtures("no_checkpoints")

@@ -752,7 +752,7 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, kept, monkeypat
         original(opt, *a))[1])
     run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--n-critic", "3")
     of_g, of_d = (sum(p.numel() for p in net.parameters())
-                  for net in (gan.generator(1, 28), gan.discriminator(1, 28, sn=False)))
+                  for net in (gan.generator(64, 1, 28), gan.discriminator(1, 28, sn=False)))
     assert steps == 2 * ([of_d] * 3 + [of_g])
 
 
@@ -772,8 +772,8 @@ def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, kept, monkeypatc
 def test_the_kept_weights_draw_the_samples(tmp_path, digits_dir, kept):
     samples = run(tmp_path, digits_dir, kept, "--models", "sn")["samples_sn.pt"]
     torch.manual_seed(0)
-    z = torch.randn(len(samples), gan.Z)
-    G = gan.generator(1, 28)
+    z = torch.randn(len(samples), 64)
+    G = gan.generator(64, 1, 28)
     G.load_state_dict(torch.load(tmp_path / "weights_sn.pt"))
     assert torch.equal(gan.generate(G, z), samples)
 
@@ -806,7 +806,8 @@ def test_clipping_holds_the_slope_below_its_documented_bound():
 @pytest.mark.parametrize("name, column", [
     ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"after_d": lambda D: None}),
     ("wgan-sn", {"d": gan.bce_d}), ("wgan-sn", {"g": gan.nonsaturating_g}),
-    ("wgan-gp", {"penalty": lambda D, x, x_fake: 0.0}), ("vanilla", {"lr": (1e-3, 2e-3)})])
+    ("wgan-gp", {"penalty": lambda D, x, x_fake: 0.0}), ("vanilla", {"lr": (1e-3, 2e-3)}),
+    ("vanilla", {"beta2": 0.99})])
 def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, kept, straight,
                                                         monkeypatch, name, column):
     plain = straight(name)
@@ -815,7 +816,8 @@ def test_every_column_of_the_table_reaches_the_training(tmp_path, digits_dir, ke
 
 
 @pytest.mark.usefixtures("no_checkpoints")
-@pytest.mark.parametrize("flags", [["--batch", "9"], ["--seed", "1"], ["--n-critic", "2"]])
+@pytest.mark.parametrize("flags", [["--batch", "9"], ["--seed", "1"], ["--n-critic", "2"],
+                                   ["--z-dim", "8"]])
 def test_options_change_what_they_should(tmp_path, digits_dir, straight, flags):
     other = run(tmp_path, digits_dir, tmp_path / "none", "--models", "vanilla", *flags)
     assert not same(other, straight("vanilla"))
