@@ -358,7 +358,9 @@ def figures(args, images, done, log):
     for file, of_vae in (("curves.png", True), ("study_curves.png", False)):
         rows = [row for row in log if (row["model"] == "vae") == of_vae]
         if rows:
-            common.plot_curves(args.out / file, rows, ["loss", "kl", "mse"], title)
+            common.plot_curves(args.out / file, rows, {
+                "loss": "loss of a batch", "kl": "KL(q ‖ N(0, I)), nats",
+                "mse": "mean squared error of a pixel in [0, 1]"}, title)
 
 
 # --- main --------------------------------------------------------------------------------------

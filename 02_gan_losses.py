@@ -783,8 +783,9 @@ def figures(args, images, done, log):
                   ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log))]
         common.save_panels(args.out / "saturation.png", [("", curves + ahead)],
                            f"{title}, D far ahead")
-    common.plot_curves(args.out / "curves.png", log, ["loss_d", "loss_g", "D(x)", "D(G(z))",
-                                                      "gradient"], title)
+    common.plot_curves(args.out / "curves.png", log, {
+        "loss_d": "loss of D", "loss_g": "loss of G", "D(x)": "D(x): what D says to data",
+        "D(G(z))": "D(G(z)): and to fakes", "gradient": "norm of the gradient in G"}, title)
 
 
 def draw_slopes(ax, log):

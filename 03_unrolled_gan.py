@@ -39,6 +39,9 @@ PICTURES = dict(k=[0, 2], steps=1200, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, 
                 beta1=0.0, saturating=False, averaged=True)
 SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=8000)}
 D_HIDDEN = 512                   # width of the hidden layer of the D of points
+CURVES = {"loss_g": "loss of G, nats", "f": "f, the value of the game, nats\n(dotted: D says 1/2)",
+          "kl": "KL to equal shares, nats", "good": "good: share within\n3 standard deviations",
+          "distance": "distance to the data"}    # what stands above the panels of curves.png
 N_SAMPLES = 10_000               # for the numbers and samples_k{k}.pt
 SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the training after which a picture is kept
 
@@ -214,6 +217,8 @@ def generate(G, z):
 
 class Points:
     """The ring of 8 or the grid of 25 Gaussians in the plane: data, networks, measures."""
+    legend = ("dots: samples; circles: modes; blue: D says real, red: fake\n"
+              "good: share of samples within 3 standard deviations of a mode")
 
     def __init__(self, run, args):
         self.args, self.name = args, args.data
@@ -238,10 +243,10 @@ class Points:
 
     @torch.no_grad()
     def shot(self, samples, D):
-        """The samples, and D's logits on a grid of 60 x 60 places."""
+        """The samples, and D's probability of real on a grid of 60 x 60 places."""
         line = torch.linspace(-self.reach, self.reach, 60)
         places = torch.cartesian_prod(line, line).flip(1).to(samples.device)  # (x, y), row by row
-        return {"points": samples.cpu(), "levels": D(places).reshape(60, 60).cpu()}
+        return {"points": samples.cpu(), "levels": D(places).sigmoid().reshape(60, 60).cpu()}
 
     def draw(self, points, levels=None):
         return lambda ax: common.draw_points(ax, points, self.centres, self.reach, levels)
@@ -249,6 +254,7 @@ class Points:
 
 class Pictures:
     """Any data set of pictures whose sides are divisible by 4. The same methods as Points."""
+    legend = "classes: how many occur among the nearest training pictures of the samples"
 
     def __init__(self, run, args):
         self.args, self.images = args, common.load_images(args, run.device)
@@ -333,7 +339,7 @@ def draw_process(args, data, shots):
         cells += [(caption(shot), data.draw(**tensors(shot)))
                   for shot in (by_step[step] for step in shown if step in by_step)]
         rows.append((name, cells))
-    common.save_panels(args.out / "process.png", rows, title_of(args, data),
+    common.save_panels(args.out / "process.png", rows, f"{title_of(args, data)}\n{data.legend}",
                        tell=len(shots) == 1 and len(rows[0][1]) == 2)
 
 
@@ -403,8 +409,9 @@ def main(argv=None):
             common.save(data.as_file(samples), args.out / f"samples_k{models[name]}.pt")
             common.save(G.state_dict(), args.out / f"weights_k{models[name]}.pt")
             run.done[name] = {"shots": run.kept, **data.measure(samples)}
-        columns = list(run.rows[0])[2:]  # all but model and step
-        common.plot_curves(args.out / "curves.png", run.rows, columns, title_of(args, data))
+        common.plot_curves(args.out / "curves.png", run.rows, {
+            column: CURVES.get(column, column) for column in list(run.rows[0])[2:]},
+            title_of(args, data), marks={"f": -2 * math.log(2)})
         if isinstance(data, Points):
             draw_animation(args, data, all_shots(run))
         columns = [key for key in next(iter(run.done.values())) if key != "shots"]

@@ -999,15 +999,16 @@ def panel(x, columns=8):
 def draw_points(ax, points, centres, reach, levels=None):
     """Points [N, 2] over the centres of a mixture, in the square of +-reach.
 
-    `levels` [M, M] (optional): values on an M x M grid over that square, drawn as level lines.
+    `levels` [M, M] (optional): probabilities on an M x M grid over that square, drawn as level
+    lines every 0.05, from red (0) to blue (1).
     """
     if levels is not None:
         line = torch.linspace(-reach, reach, len(levels)).numpy()
-        ax.contourf(line, line, levels.numpy(), 15, cmap="RdBu_r", alpha=0.5)
-        ax.contour(line, line, levels.numpy(), 15, colors="grey", linewidths=0.3)
+        steps = torch.linspace(0, 1, 21).numpy()
+        ax.contourf(line, line, levels.numpy(), steps, cmap="RdBu", alpha=0.5)
+        ax.contour(line, line, levels.numpy(), steps, colors="grey", linewidths=0.3)
     ax.scatter(*centres.T.numpy(), s=70, facecolors="none", edgecolors="black", linewidths=0.6)
-    colour = "tab:green" if levels is None else "black"
-    ax.scatter(*points.T.numpy(), s=2, color=colour, linewidths=0)
+    ax.scatter(*points.T.numpy(), s=2, color="black", linewidths=0)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
 
 
@@ -1056,17 +1057,23 @@ def save_process(path, shots, title, tell=True):
     save_figure(fig, path, tell)
 
 
-def plot_curves(path, log, columns, title=""):
-    """One panel for each of `columns` of the log against its step, with a line for each model."""
-    fig, axes = figure(1, len(columns), 3.4 * len(columns), 2.9, title)
-    for ax, column in zip(axes[0], columns):
+def plot_curves(path, log, columns, title="", marks={}):
+    """One panel for each of `columns` of the log against its step, with a line for each model.
+
+    columns: {name in the log: what stands above its panel}. marks: {name: where a dotted line is}.
+    """
+    fig, axes = figure(1, len(columns), 3.2 * len(columns) + 1.5, 2.9, title)
+    for ax, (column, text) in zip(axes[0], columns.items()):
         for model in dict.fromkeys(row["model"] for row in log):
             mine = [row for row in log if row["model"] == model and column in row]
             ax.plot([row["step"] for row in mine], [row[column] for row in mine], label=model,
                     linewidth=1)
-        ax.set(title=column, xlabel="step")
+        if column in marks:
+            ax.axhline(marks[column], color="black", linestyle=":", linewidth=1)
+        ax.set(xlabel="step")
+        ax.set_title(text, fontsize=9)
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=6)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save_figure(fig, path)
 
 
