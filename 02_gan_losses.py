@@ -45,7 +45,7 @@ LABEL = 3.0                      # what the 1 of a one-hot label is multiplied b
 MISTAKES = ["double-sigmoid", "averaged-log", "other-size"]  # for --break
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
-N_PATHS = 1000                   # z in paths_{loss}.pt
+N_PATHS, N_SPECKS = 1000, 500    # z in paths_{loss}.pt; pictures whose specks are counted
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -194,17 +194,22 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in: z_dim, and classes if it sees y.
 
     Fully connected layers with `hidden` units, then convolutions with `width` channels on the
-    largest map, 2 width on the next, and so on. Starts with normal weights of 0.02, zero biases.
+    largest map, 2 width on the next, and so on; with width = 0 one more fully connected layer
+    draws the picture. Starts with normal weights of 0.02, zero biases.
     """
     widths, small = channels(side, width)
     layers = []
-    for i, o in pairwise([d_in, *hidden, widths[-1] * small ** 2]):
+    for i, o in pairwise([d_in, *hidden, *[widths[-1] * small ** 2] * (width > 0)]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
-    layers.append(nn.Unflatten(1, (widths[-1], small, small)))
-    for i, o in pairwise([widths[-1], *widths[::-1]]):
-        layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
-                   nn.BatchNorm2d(o), nn.ReLU()]
-    layers += [nn.Conv2d(width, c, kernel_size=3, padding=1), nn.Tanh()]
+    if width:
+        layers.append(nn.Unflatten(1, (widths[-1], small, small)))
+        for i, o in pairwise([widths[-1], *widths[::-1]]):
+            layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
+                       nn.BatchNorm2d(o), nn.ReLU()]
+        layers += [nn.Conv2d(width, c, kernel_size=3, padding=1), nn.Tanh()]
+    else:
+        layers += [nn.Linear(hidden[-1], c * side ** 2), nn.Unflatten(1, (c, side, side)),
+                   nn.Tanh()]
     for layer in layers:
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
             nn.init.normal_(layer.weight, std=0.02)
@@ -309,8 +314,9 @@ class Minimax:
 
     def nets(self, c, side):
         args, d_in = self.args, self.args.z_dim + self.classes * self.sees_labels
-        dense = args.nets == "dense" if args.nets else c * side ** 2 <= SMALL
-        hidden_g, hidden_d, width = (HIDDEN_G, HIDDEN_D, 8) if dense else ([], [], 32)
+        kind = args.nets or ("dense" if c * side ** 2 <= SMALL else "conv")
+        hidden_g, hidden_d = ([], []) if kind == "conv" else (HIDDEN_G, HIDDEN_D)
+        width = {"fc": 0, "dense": 8, "conv": 32}[kind]
         return (generator(d_in, c, side, hidden_g, args.width_g or width),
                 Discriminator(c, side, self.classes, hidden_d, args.width_d or width))
 
@@ -354,7 +360,6 @@ class WGAN(Minimax):
     """wgan: D estimates a distance; clipping its weights bounds its slope (Arjovsky 2017)."""
     d, g, read = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
     lr = 1e-3, 1e-3
-    d_steps = 3
 
     def after_d(self, D):
         clip(D, CLIP)
@@ -363,7 +368,6 @@ class WGAN(Minimax):
 class WGANGP(WGAN):
     """wgan-gp: a penalty holds the slope of D near 1 instead (Gulrajani et al. 2017)."""
     lr = 1e-3, 2e-3
-    d_steps = 1
     after_d = Minimax.after_d    # no clipping
 
     def loss_d(self, D, x, x_fake, y):
@@ -444,7 +448,6 @@ class EBGAN(Minimax):
     """
     d, g = staticmethod(lambda real, fake: ebgan_d(real, fake, MARGIN)), staticmethod(torch.mean)
     read = nn.Identity()
-    lr = 2e-3, 2e-3
     code = 64                    # length of the autoencoder's code
 
     def nets(self, c, side):
@@ -743,16 +746,17 @@ def tell_fingerprint(method, rows):
 def report(x, y, images, method):
     """Numbers for samples x [N, C, H, W] that were drawn for labels y [N].
 
-    distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units;
-    classes: how many labels these have; kl: of their histogram to uniform, nats; obeyed: share of
-    samples with the label asked for (infogan: with the most frequent class of their made-up label).
+    distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units; specks:
+    see there; classes: how many labels the nearest have; kl: of their histogram to uniform, nats;
+    obeyed: share of samples with the label asked for (infogan: with the most frequent class of
+    their made-up label).
     """
     if x.shape[1:] != images.x.shape[1:]:
         return {}  # pictures of another size are like none of them
     train = common.to_float(images.x[:10_000]).flatten(1)
     nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
     distance = torch.cat([n.values for n in nearest]) / train.shape[1] ** 0.5
-    numbers = {"distance": distance.mean().item()}
+    numbers = {"distance": distance.mean().item(), "specks": specks(x[:N_SPECKS])}
     if images.y is not None:
         found = images.y[torch.cat([n.indices for n in nearest])].cpu()
         k = int(images.y.max()) + 1
@@ -761,6 +765,15 @@ def report(x, y, images, method):
         if method.sees_labels:
             numbers["obeyed"] = method.obeyed(y.cpu(), found)
     return numbers
+
+
+def specks(x):
+    """Salt and pepper in pictures x [N, C, H, W]: pixels more than 1, half of the range, away from
+    the median of the 3x3 around them; how many a picture has in the mean.
+    """
+    around = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None], 3)
+    away = (x.flatten(0, 1).flatten(1) - around.median(dim=1).values).abs()
+    return (away > 1).sum().item() / len(x)
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -824,9 +837,9 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("networks")
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
-    g.add_argument("--nets", choices=["dense", "conv"], help="dense: fully connected, and "
-                   "convolutions at G's end; conv: convolutions; if not given: dense for small "
-                   "grey pictures")
+    g.add_argument("--nets", choices=["fc", "dense", "conv"], help="fc: fully connected; dense: "
+                   "with convolutions at G's end; conv: convolutions; if not given: dense for "
+                   "small grey pictures, else conv")
     g.add_argument("--width-g", type=common.number(int, 1),
                    help="channels of G's largest map; if not given: 8 for dense, 32 for conv")
     g.add_argument("--width-d", type=common.number(int, 1),
@@ -891,10 +904,12 @@ def main(argv=None):
             run.done[name] = {"pictures": common.to_uint8(samples[:60]).cpu(),
                               **report(samples[:N_NEAREST], y[:N_NEAREST], images, method)}
         figures(args, images, run.done, run.rows)
-        columns = ["classes", "kl", "distance", "obeyed"]
+        columns = ["classes", "kl", "distance", "specks", "obeyed"]
         common.print_table([f"{images.name}: loss", *columns], [
             [name, *(f"{numbers.get(column, math.nan):.3g}" for column in columns)]
             for name, numbers in run.done.items()])
+        found = specks(common.to_float(images.x[:N_SPECKS]))
+        print(f"(pictures of the data have {found:.3g} specks)")
 
 
 if __name__ == "__main__":

@@ -375,7 +375,7 @@ def between(v):
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("the generator and the encoder, trained once and kept in generator.pt")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=128, help="length of z")
     g.add_argument("--steps", type=common.number(int, 1), default=2000, help="steps of G and D")
     g.add_argument("--encoder-steps", type=common.number(int, 1), default=500, help="steps of E")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")

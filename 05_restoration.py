@@ -550,7 +550,7 @@ def own_figure(args, G, pool, x, mask):
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("the generator, trained once and kept in generator.pt")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=128, help="length of z")
     g.add_argument("--steps", type=common.number(int, 1), default=2000, help="steps of G and D")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g.add_argument("--generator", type=Path, help="a kept generator.pt to use, of 04 or of this")

@@ -13,8 +13,8 @@ See      pictures.png: reconstructions, samples, and the way between two codes.
          the plain autoencoder have variance 10, so it decodes N(0, I) to fog;
          with moments they have variance 0.99, and the samples are digits.
 Differs  λ doubles after each 14th of the training (in the course: after each
-         epoch) and z has 16 coordinates (in the course: 100). Tolstikhin et al.
-         have 8 coordinates for MNIST, and the same λ = 10 in all steps.
+         epoch). z has 8 coordinates, as in Tolstikhin et al. (in the course:
+         100), who have the same λ = 10 in all steps.
 Try      Write 1.8 for the 3 in NORMAL: a uniform law has this kurtosis. What do
          the curves in cdf.png become? Predict, then run.
 Run      python 06_wae_moments.py --models moments
@@ -353,10 +353,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--models", nargs="+", choices=PENALTIES, default=list(PENALTIES),
                    metavar="MODEL", help=f"{', '.join(PENALTIES)}: the penalty on the codes")
-    g.add_argument("--z-dim", type=common.number(int, 2), default=16,
+    g.add_argument("--z-dim", type=common.number(int, 2), default=8,
                    help="latent coordinates, 2 or more")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.number(int, 1), default=1000, help="of each model")
+    g.add_argument("--steps", type=common.number(int, 1), default=1600, help="of each model")
     g.add_argument("--batch", type=common.number(int, 1), default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.number(float, above=0), default=4e-3,
                    help="Adam's rate, falls to 0")

@@ -290,7 +290,7 @@ MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
     "sn": Model(bce_d, nonsaturating_g, sn=True, lr=(3e-4, 2e-3), beta2=0.999),
     "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3)),
-    "wgan-sn": Model(wgan_d, wgan_g, sn=True, lr=(3e-4, 2e-3), beta2=0.999),
+    "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
     "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
                      LAMBDA * gradient_penalty(D, x, x_fake), lr=(1e-3, 2e-3)),
 }

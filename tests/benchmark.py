@@ -163,10 +163,10 @@ def critic_steps():
 
 def inversions():
     """Steps of one start for one picture each second: one at a time, and many in one batch."""
-    G = inversion.generator(64, 1, 28).eval().requires_grad_(False)
+    G = inversion.generator(128, 1, 28).eval().requires_grad_(False)
     rows, alone = [], None
     for pictures, starts in ((1, 1), (10, 5), (100, 5), (200, 5)):
-        x, z0 = torch.rand(pictures, 1, 28, 28), torch.randn(pictures, starts, 64)
+        x, z0 = torch.rand(pictures, 1, 28, 28), torch.randn(pictures, starts, 128)
         steps = max(4, 1000 // (pictures * starts))
         speed = pictures * starts * steps / seconds(
             lambda: inversion.invert(G, x, z0, steps, 0.1), least=3)

@@ -492,7 +492,8 @@ def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
     assert same(run(tmp_path / "again", digits_dir, *short), plain)
     for flags in (["--real-label", "0.9"], ["--label-noise", "0.2"], ["--input-noise", "0.1"],
                   ["--lr-d", "0.001"], ["--lr-g", "0.001"], ["--d-steps", "3"], ["--g-steps", "2"],
-                  ["--r1", "1"], ["--z-dim", "8"], ["--nets", "conv"], ["--width-g", "4"],
+                  ["--r1", "1"], ["--z-dim", "8"], ["--width-g", "4"], ["--nets", "conv"],
+                  ["--nets", "fc"],
                   ["--d-schedule", "constant"], ["--d-schedule", "restarts"]):
         out = run(tmp_path / "".join(flags), digits_dir, *short, *flags)
         assert out.keys() == plain.keys() and not same(out, plain), flags
@@ -568,6 +569,17 @@ def test_broken_on_purpose(tmp_path, digits_dir, capsys, mistake, floor):
     assert (abs(float(rows[0]["loss_d"]) - math.log(2)) < 0.1) == (mistake == "averaged-log")
     # 21 x 21 = 441 pixels; with a kernel of 1 and stride 2, 10 x 10 of them hold a number
     assert ("no training mends" in told) == (mistake == "other-size") == ("77.3%" in told)
+
+
+@given(seeds(), st.integers(1, 3), st.integers(0, 6))
+def test_specks_are_lone_pixels(seed, c, n):
+    """n lone pixels on a smooth ground, apart from each other; edges of a square are none."""
+    x = torch.linspace(-1, -0.5, 400).view(1, 1, 20, 20).repeat(2, c, 1, 1)
+    x[1, 0, 5:12, 5:12] = 1.0
+    places = torch.randperm(49, generator=generator(seed))[:n]
+    x[0, 0, 3 * (places // 7), 3 * (places % 7)] = 1.0
+    corners = 4  # of the square: five of the nine pixels around them are ground
+    assert losses.specks(x) == (n + corners) / 2
 
 
 def test_constant_pixels_and_other_sizes_are_told():

@@ -325,7 +325,7 @@ def test_the_kept_generator_is_used_and_gives_the_same_numbers(tmp_path, digits_
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--z-dim", "9"], ["z_dim 64", "has 9"]), (["--steps", "6"], ["steps 5", "has 6"]),
+    (["--z-dim", "9"], ["z_dim 128", "has 9"]), (["--steps", "6"], ["steps 5", "has 6"]),
     (["--seed", "1"], ["seed 0", "has 1"]), (["--encoder-steps", "1"], ["encoder_steps 4"])])
 def test_a_generator_of_other_flags_is_refused(tmp_path, digits_dir, capsys, flags, words):
     run(tmp_path, digits_dir)

@@ -750,7 +750,7 @@ def test_generators_that_do_not_fit_are_refused(tmp_path, digits_dir, capsys):
             (["--steps", "6"], ["steps 5", "has 6"]), (["--seed", "2"], ["seed 0", "has 2"]),
             (folder, ["shape [1, 28, 28]", "has [3, 32, 32]"]),
             ([*asked, *folder], ["shape [1, 28, 28]", "has [3, 32, 32]"]),
-            ([*asked, "--z-dim", "9"], ["z_dim 64", "has 9"]),
+            ([*asked, "--z-dim", "9"], ["z_dim 128", "has 9"]),
             (["--generator", str(tmp_path / "none.pt")], ["there is no", "none.pt"]),
             (["--generator", str(tmp_path / "broken.pt")], ["broken.pt", "does not hold G"])):
         capsys.readouterr()

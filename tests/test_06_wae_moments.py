@@ -304,8 +304,8 @@ def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digit
 def test_the_kept_weights_draw_the_samples(tmp_path, digits_dir):
     samples = run(tmp_path, digits_dir, "--models", "mmd")["samples_mmd.pt"]
     torch.manual_seed(0)
-    z = torch.randn(len(samples), 16)
-    net = wae.Autoencoder(1, 28, 16)
+    z = torch.randn(len(samples), 8)
+    net = wae.Autoencoder(1, 28, 8)
     net.load_state_dict(torch.load(tmp_path / "weights_mmd.pt"))
     assert torch.equal(common.to_uint8(wae.in_parts(net.eval().decode, z)), samples)
 
