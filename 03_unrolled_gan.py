@@ -32,12 +32,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import common
 
 # The same for every k. k, steps, batch, eta and z_dim have flags, which take their place.
-POINTS = dict(k=[0, 5], steps=5000, batch=128, eta=0.1, z_dim=16, lr_g=3e-3, lr_d=1e-3, beta1=0.5,
+POINTS = dict(k=[0, 5], steps=9000, batch=128, eta=0.1, z_dim=16, lr_g=2e-3, lr_d=1e-3, beta1=0.5,
               saturating=True, averaged=False)
 # eta: a step moves the logit of a linear D by up to eta ‖x‖², and ‖x‖² of a digit is near 784
-PICTURES = dict(k=[0, 2], steps=1200, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, lr_d=5e-4,
+PICTURES = dict(k=[0, 2], steps=1600, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, lr_d=5e-4,
                 beta1=0.0, saturating=False, averaged=True)
-SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=8000)}
+SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=12_000)}
 D_HIDDEN = 512                   # width of the hidden layer of the D of points
 CURVES = {"loss_g": "loss of G, nats", "f": "f, the value of the game, nats\n(dotted: D says 1/2)",
           "kl": "KL to equal shares, nats", "good": "good: share within\n3 standard deviations",
@@ -383,7 +383,7 @@ def parse_args(argv=None):
     g.add_argument("--eta", type=common.number(float, above=0),
                    help="size of an unrolled step; if not given: 0.1, for pictures 0.005")
     g.add_argument("--steps", type=common.number(int, 1), help="training steps for each k; if not "
-                   "given: 5000, for the grid 8000, for pictures 1200")
+                   "given: 9000, for the grid 12000, for pictures 1600")
     g.add_argument("--batch", type=common.number(int, 1), help="points or pictures in a batch; if "
                    "not given: 128, for pictures 64")
     g.add_argument("--z-dim", type=common.number(int, 1), help="length of z; if not given: 16, for "
