@@ -32,7 +32,7 @@ import common
 
 HIDDEN = 512                     # width of the layers before and after the code
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
-STUDY = 0.03                     # the last four: this share of steps (180) and test pictures (30)
+STUDY = 0.036                    # the last four: this share of steps (180) and test pictures (36)
 N_TEST = 1000                    # test pictures in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
@@ -380,7 +380,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("training")
     g.add_argument("-k", type=common.number(int, 1), default=1, help="samples of z in the bound "
                    "that the vae climbs; above 1: the importance-weighted autoencoder")
-    g.add_argument("--steps", type=common.number(int, 1), default=6000, help="of the vae")
+    g.add_argument("--steps", type=common.number(int, 1), default=5000, help="of the vae")
     g.add_argument("--batch", type=common.number(int, 1), default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.number(float, above=0), default=1e-2,
                    help="Adam's rate, falls to 0")

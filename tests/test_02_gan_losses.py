@@ -526,6 +526,7 @@ def test_the_kept_weights_draw_the_samples_and_more(tmp_path, digits_dir, monkey
     names = {}
     exec(textwrap.dedent(lines), names)
     assert names["x"].shape == (16, 1, 28, 28) and names["x"].abs().max() <= 1
+    assert not names["x"].requires_grad and (tmp_path / "new.png").stat().st_size > 0
 
 
 @pytest.mark.usefixtures("no_checkpoints")
