@@ -347,7 +347,7 @@ def draw_animation(args, data, shots):
     """process.gif: all that was kept of the ring, one k beside the other."""
     frames = []
     for step in next(iter(shots.values())):
-        fig, axes = common.figure(1, len(shots), 2.4 * len(shots), 2.9)
+        fig, axes = common.figure(1, len(shots), 2.4 * len(shots), 2.7)
         for ax, (name, by_step) in zip(axes[0], shots.items()):
             data.draw(**tensors(by_step[step]))(ax)
             ax.set_title(f"{name}, {caption(by_step[step])}", fontsize=9)

@@ -1044,14 +1044,13 @@ def save_process(path, shots, title, tell=True):
              for i, (name, row) in enumerate(shots.items())
              for j, (step, x) in enumerate(row.items())]
     columns = max(map(len, shots.values()))
-    height, width = cells[0][2].shape[1] + 30, cells[0][2].shape[2] + 20
+    height, width = cells[0][2].shape[1] + 44, cells[0][2].shape[2] + 20
     fig, axes = figure(1, 1, 1.8 * columns, 1.8 * len(shots) * height / width + 0.3, title)
     whole = torch.full((3, height * len(shots), width * columns), 255, dtype=torch.uint8)
     for name, step, grid, i, j in cells:
-        top, left = i * height + 30, j * width
+        top, left = i * height + 44, j * width
         whole[:, top:top + grid.shape[1], left:left + grid.shape[2]] = grid
-        axes[0, 0].text(left, top - 8, f"{name}, step {step:,}" if j == 0 else f"step {step:,}",
-                        fontsize=9)
+        axes[0, 0].text(left, top - 6, f"{name if j == 0 else ''}\nstep {step:,}", fontsize=9)
     axes[0, 0].imshow(whole.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes[0, 0].axis("off")
     save_figure(fig, path, tell)
