@@ -13,7 +13,7 @@ Idea     An encoder turns a picture x into a normal distribution q(z|x) over
          For Gaussian pixels: the course's -2 ELBO + constant     -> vae_loss()
          With k draws of z the bound comes nearer to log p(x)   -> iwae_bound()
 See      pictures.png; study.png (180 steps each): --x-sigma2 and the KL term.
-         Printed: nll, an upper bound on -log p(x) of test pictures, nats: 87.8
+         Printed: nll, an upper bound on -log p(x) of test pictures, nats: 86.9
          on MNIST by 100 draws (Burda et al., by 5,000: 86.8).
 Differs  Convolutions with batch norm where the papers have perceptrons.
 Try      With --z-dim 2, what suffers more, reconstructions or samples?

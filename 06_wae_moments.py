@@ -10,7 +10,7 @@ Idea     min mean (x - decode(z))² + λ penalty(z), z = encode(x). The penalty 
 See      pictures.png: reconstructions, samples, and the way between two codes.
          cdf.png: the codes against N(0, 1) during the training. limits.png and
          the first table: what the penalties do not see. On MNIST the codes of
-         the plain autoencoder have variance 10, so it decodes N(0, I) to fog;
+         the plain autoencoder have variance 27, so it decodes N(0, I) to fog;
          with moments they have variance 0.99, and the samples are digits.
 Differs  λ doubles after each 14th of the training (in the course: after each
          epoch). z has 8 coordinates, as in Tolstikhin et al. (in the course:

@@ -582,6 +582,7 @@ def test_specks_are_lone_pixels(seed, c, n):
     places = torch.randperm(49, generator=generator(seed))[:n]
     x[0, 0, 1 + 2 * (places // 7), 1 + 2 * (places % 7)] = 1.0
     x[1, 0, 0, 0] = 1.0
+    x[1, 0, 4, 5:12] = 0.2  # between black and white there is grey
     assert losses.specks(x) == n / 2
 
 
