@@ -159,7 +159,7 @@ def train_generator(run, args, G, D, images):
     rate_g, rate_d = (torch.optim.lr_scheduler.LambdaLR(
         opt, lambda step: min(1, 2 - 2 * step / args.steps)) for opt in (opt_g, opt_d))
     average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / args.steps)))
-    z_fixed = torch.randn(10_000, args.z_dim).to(run.device)
+    z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)
     batches = run.batches(images, args.batch)
 
     for _ in run.steps(args.steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
@@ -184,13 +184,21 @@ def train_generator(run, args, G, D, images):
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
         if run.at(SHOTS):
-            # batch norm's statistics of the networks that were averaged do not fit the average
-            update_bn(z_fixed.split(1000), average)
+            settle(average, z_fixed[:1000])
             with torch.no_grad():
                 run.shoot(average.eval()(z_fixed[:36]))
             average.train()
 
+    settle(average, z_fixed)
     return average.module.state_dict()
+
+
+def settle(G, z):
+    """Gives the batch norms of an average of networks the statistics of its own maps, at these z.
+
+    Those of the networks that were averaged do not fit it: with them it draws grey.
+    """
+    update_bn(z.split(1000), G)
 
 
 def train_encoder(run, args, G, E, images):
