@@ -636,7 +636,7 @@ def test_numbers_stand_to_the_right_words_to_the_left(capsys):
 
 
 def test_what_is_given_stands_whatever_quick_says(tmp_path):
-    for flags, steps, n_samples in (([], 5000, 10_000), (["--quick"], 125, 1000),
+    for flags, steps, n_samples in (([], 9000, 10_000), (["--quick"], 225, 1000),
                                     (["--quick", "--steps", "9"], 9, 1000)):
         args = arguments(tmp_path, *flags)
         assert (args.steps, args.n_samples) == (steps, n_samples), flags
