@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import common
 
@@ -234,6 +233,11 @@ def trunk(c, side, hidden, width):
     return nn.Sequential(*layers, nn.Flatten()), widths[-1] * small ** 2
 
 
+def kind_of_nets(args, c, side):
+    """"fc", "dense" or "conv": what --nets says, else dense for small grey pictures."""
+    return args.nets or ("dense" if c * side ** 2 <= SMALL else "conv")
+
+
 class Discriminator(nn.Module):
     """x -> logits [B], and for cgan, acgan, infogan a score for each label [B, classes]."""
 
@@ -314,7 +318,7 @@ class Minimax:
 
     def nets(self, c, side):
         args, d_in = self.args, self.args.z_dim + self.classes * self.sees_labels
-        kind = args.nets or ("dense" if c * side ** 2 <= SMALL else "conv")
+        kind = kind_of_nets(args, c, side)
         hidden_g, hidden_d = ([], []) if kind == "conv" else (HIDDEN_G, HIDDEN_D)
         width = {"fc": 0, "dense": 8, "conv": 32}[kind]
         return (generator(d_in, c, side, hidden_g, args.width_g or width),
@@ -587,7 +591,7 @@ def unmendable(x, x_fake):
 
 def schedule(name, opt, steps):
     """A torch schedule for a learning rate; linear: constant for half of the steps, then to 0."""
-    return {"linear": lambda: lr_scheduler.LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps)),
+    return {"linear": lambda: common.fading(opt, steps),
             "constant": lambda: lr_scheduler.ConstantLR(opt, factor=1.0),
             "cosine": lambda: lr_scheduler.CosineAnnealingLR(opt, steps),
             "restarts": lambda: lr_scheduler.CosineAnnealingWarmRestarts(opt, max(1, steps // 4)),
@@ -609,8 +613,7 @@ def train(run, args, method, images):
     z_fixed = with_labels(z_fixed, method.sample_labels(args.n_samples).to(run.device))
     G, D = break_it(args.breaks, method, *method.nets(c, side), c)
     G, D = G.to(run.device), D.to(run.device)
-    # what is kept is an average of G's weights, over about a quarter of the steps
-    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / steps)))
+    average = common.average_of(G, steps)
     # the methods' rates are for 28 pixels: at 64, with two layers more, 4e-3 diverges in 200 steps
     lr_d, lr_g = (lr * min(1.0, (28 / side) ** 2) for lr in method.lr)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d or lr_d, ADAM_BETAS, fused=True)
@@ -627,8 +630,6 @@ def train(run, args, method, images):
             x, y = next(batches)
             y = method.labels(x, y)
             x_fake = G(with_labels(torch.randn(len(x), args.z_dim, device=run.device), y))
-            if step == 1 and (why := unmendable(x, x_fake)):
-                common.say(f"{run.name}: no training mends this: {why}")
             loss_d = method.loss_d(D, noisy(x, std), noisy(x_fake.detach(), std), y)
             if args.r1:
                 loss_d = loss_d + args.r1 / 2 * r1_penalty(lambda x: method.score(D, x, y), x)
@@ -636,6 +637,9 @@ def train(run, args, method, images):
             loss_d.backward()
             opt_d.step()
             method.after_d(D)
+
+        if step == 1 and (why := unmendable(x, x_fake)):
+            common.say(f"{run.name}: no training mends this: {why}")
 
         # G's half: descend its loss. The gradient flows through D, but is kept for G alone (inputs)
         for g_step in range(args.g_steps):
@@ -654,19 +658,11 @@ def train(run, args, method, images):
             run.note(**readings(method, G, D, x, x_fake.detach(), y))
             tell_fingerprint(method, [row for row in run.rows if row["model"] == run.name])
         if run.at(SHOTS):
-            settle(average, z_fixed[:1000])
+            common.settle(average, z_fixed[:1000])
             run.shoot(generate(average, z_fixed[:36]))
 
-    settle(average, z_fixed)
+    common.settle(average, z_fixed)
     return average.module, z_fixed
-
-
-def settle(G, z):
-    """Gives the batch norms of an average of networks the statistics of its own maps, at these z.
-
-    Those of the networks that were averaged do not fit it: with them it draws grey.
-    """
-    update_bn(z.split(1000), G)
 
 
 @torch.no_grad()
@@ -768,8 +764,8 @@ def report(x, y, images, method):
 
 
 def specks(x):
-    """Salt and pepper in pictures x [N, C, H, W]: pixels that are lighter than all eight around them
-    by more than 0.5, a quarter of the range, or darker; how many a picture has in the mean.
+    """Salt and pepper in pictures x [N, C, H, W]: how many pixels of one, in the mean, are lighter
+    than all eight around them by more than 0.5, a quarter of the range, or darker than all.
     """
     patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None], 3)
     lighter = (patches[:, 4:5] - patches)[:, [0, 1, 2, 3, 5, 6, 7, 8]]    # [N C, 8, H W]
@@ -871,6 +867,11 @@ def parse_args(argv=None):
 def check(args, images):
     """Ends the run if the flags do not fit the data or the losses."""
     common.check_side(images)
+    kind = kind_of_nets(args, *images.x.shape[1:3])
+    if args.width_d and kind != "conv":
+        common.fail(f"--width-d is for --nets conv: the D of {kind} has no convolutions")
+    if args.width_g and kind == "fc":
+        common.fail("--width-g is for dense and conv: the G of --nets fc has no convolutions")
     for name in args.loss:
         method = METHODS[name]
         if images.y is None and method.labels is CGAN.labels:

@@ -8,15 +8,13 @@ Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j) -> 
                                                            -> unrolled_loss_g()
          k = 0 is the plain GAN, which may draw one mode (cluster) alone: mode
          collapse. With k > 0, G meets a D that has answered: it pays no longer.
-See      process.png: training from left to right, k = 0 above k = 5. Printed:
+See      process.png, process.gif: the training, k = 0 beside k = 5. Printed:
          modes, how many of the ring's 8 G reaches, and good, the share of
-         samples within 3 standard deviations of one. k = 5 reaches 8, 94 % good
-         (data: 98.9 %); k = 0 chases one or two and stays on none.
-         process.gif: the same, moving.
+         samples within 3 standard deviations of one. k = 5 reaches 8, and 94 %
+         are good (data: 98.9 %); k = 0 chases one or two and stays on none.
 Differs  Plain gradient steps inside the unrolling, Adam outside, at rates that
-         fall to 0 in the second half. D has one hidden layer; with two, k = 0
-         reaches 8 modes too. On pictures G descends the non-saturating loss at
-         θ_D^k, and what is kept is an average of its weights.
+         fall to 0 at the end. D has one hidden layer. On pictures G descends
+         the non-saturating loss at θ_D^k, and its weights are averaged.
 Try      With --method rollback the gradient does not pass through D's answer.
          Will the ring still be covered? Predict, then run.
 Run      python 03_unrolled_gan.py
@@ -28,7 +26,6 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 
@@ -166,9 +163,8 @@ def train(run, args, data, k):
     G, D = (net.to(run.device) for net in data.nets())
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=(args.beta1, 0.999), fused=True)
                     for net, lr in ((G, args.lr_g), (D, args.lr_d)))
-    rate_g, rate_d = (torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda step: min(1, 2 - 2 * step / args.steps)) for opt in (opt_g, opt_d))
-    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / args.steps)))
+    rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
+    average = common.average_of(G, args.steps)
     kept = average.module if args.averaged else G
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every k
     batches = data.batches(run)

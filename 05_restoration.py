@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.transforms import functional as TF
 
 import common
@@ -203,9 +202,8 @@ def train_generator(run, args, G, D, images):
     lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # the rates are for 28 pixels
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
                     for net, lr in ((G, LR_G), (D, LR_D)))
-    rate_g, rate_d = (torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda step: min(1, 2 - 2 * step / args.steps)) for opt in (opt_g, opt_d))
-    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / args.steps)))
+    rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
+    average = common.average_of(G, args.steps)
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)
     batches = run.batches(images, args.batch)
 
@@ -231,21 +229,13 @@ def train_generator(run, args, G, D, images):
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
         if run.at(SHOTS):
-            settle(average, z_fixed[:1000])
+            common.settle(average, z_fixed[:1000])
             with torch.no_grad():
                 run.shoot(average.eval()(z_fixed[:36]))
             average.train()
 
-    settle(average, z_fixed)
+    common.settle(average, z_fixed)
     return average.module.state_dict()
-
-
-def settle(G, z):
-    """Gives the batch norms of an average of networks the statistics of its own maps, at these z.
-
-    Those of the networks that were averaged do not fit it: with them it draws grey.
-    """
-    update_bn(z.split(1000), G)
 
 
 def trained(run, args, images):

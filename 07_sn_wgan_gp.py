@@ -32,7 +32,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.models import Inception_V3_Weights, inception_v3
 
 import common
@@ -345,10 +344,8 @@ def train(run, args, model, n_critic, images, ruler):
     lower = min(1.0, (28 / side) ** 2)  # the rates are for 28 pixels: at 64, training diverges
     opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr * lower, (0.0, model.beta2), fused=True)
                     for net, lr in zip((D, G), model.lr))
-    rate_d, rate_g = (torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda step: min(1, 2 - 2 * step / steps)) for opt in (opt_d, opt_g))
-    # what is kept is an average of G's weights, over about a quarter of the steps
-    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / steps)))
+    rate_d, rate_g = (common.fading(opt, steps) for opt in (opt_d, opt_g))
+    average = common.average_of(G, steps)
     batches = run.batches(images, args.batch)
 
     for _ in run.steps(steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
@@ -374,23 +371,15 @@ def train(run, args, model, n_critic, images, ruler):
         rate_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
         if run.due(10) or run.at(SHOTS):
-            settle(average, z_fixed[:args.n_score])
+            common.settle(average, z_fixed[:args.n_score])
         if run.due(10):
             run.note(slope=slope(D, torch.cat([x, x_fake])),
                      **ruler.glance(average, z_fixed[:args.n_score]))
         if run.at(SHOTS):
             run.shoot(common.to_float(generate(average, z_fixed[:36])))
 
-    settle(average, z_fixed)
+    common.settle(average, z_fixed)
     return average.module, generate(average, z_fixed)
-
-
-def settle(G, z):
-    """Gives the batch norms of an average of networks the statistics of its own maps, at these z.
-
-    Those of the networks that were averaged do not fit it: with them it draws grey.
-    """
-    update_bn(z.split(1000), G)
 
 
 def train_classifier(run, args, name, images, test):

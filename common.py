@@ -28,6 +28,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
@@ -371,6 +373,30 @@ def pick_device(name):
     print(f"device {device}" + f", {torch.get_num_threads()} threads" * (device.type == "cpu")
           + f", {processes()} processes" * (processes() > 1))
     return device
+
+
+# --- rates, and an average of weights ----------------------------------------------------------
+
+def fading(opt, steps):
+    """A schedule for a rate: constant for half of the steps, then in a straight line to 0."""
+    return LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps))
+
+
+def average_of(net, steps):
+    """An average of a network's weights, kept beside it: average.update_parameters(net) each step.
+
+    Over about a quarter of the steps: a <- d a + (1 - d) w, d = exp(-4 / steps). Draws better than
+    the last weights do. Its batch norms have to be settled before it is used.
+    """
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / steps)))
+
+
+def settle(average, z):
+    """Gives the batch norms of an average the statistics of its own maps, at these z [N, d].
+
+    Those of the networks that were averaged do not fit it: with them it draws grey.
+    """
+    update_bn(z.split(1000), average)
 
 
 # --- several processes -------------------------------------------------------------------------

@@ -586,6 +586,19 @@ def test_specks_are_lone_pixels(seed, c, n):
     assert losses.specks(x) == n / 2
 
 
+@pytest.mark.usefixtures("no_checkpoints")
+def test_what_no_training_mends_is_said_once(tmp_path, digits_dir, capsys):
+    run(tmp_path, digits_dir, "--loss", "nonsaturating", "--steps", "2", "--d-steps", "3",
+        "--break", "other-size")
+    assert capsys.readouterr().out.count("no training mends") == 1
+
+
+@pytest.mark.parametrize("flags", [["--width-d", "8"], ["--nets", "fc", "--width-g", "8"],
+                                   ["--nets", "fc", "--width-d", "8"]])
+def test_a_width_that_no_layer_has_is_refused(tmp_path, digits_dir, capsys, flags):
+    one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), flags[-2], "no convolutions")
+
+
 def test_constant_pixels_and_other_sizes_are_told():
     x, x_fake = torch.rand(8, 1, 5, 5) - 2, torch.rand(8, 1, 5, 5)
     x[0, 0, 0, :2] = -1.0

@@ -26,6 +26,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
 
 import common
@@ -118,6 +119,46 @@ def test_scaling_round_trips_every_byte():
     assert y.dtype == torch.float32 and y.min() == -1 and y.max() == 1
     assert torch.equal(common.to_uint8(y), x)
     assert torch.equal(common.to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255]).byte())
+
+
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_a_fading_rate_is_constant_for_half_and_ends_at_zero(steps):
+    opt = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    rate, seen = common.fading(opt, steps), []
+    for _ in range(steps):
+        seen.append(opt.param_groups[0]["lr"])
+        opt.step()
+        rate.step()
+    assert set(seen[:steps // 2 + 1]) == {0.3} and opt.param_groups[0]["lr"] == 0
+    second = torch.tensor([*seen[steps // 2:], 0.0], dtype=torch.float64)
+    assert second.diff().std(correction=0) < 1e-15 and (second.diff() < 0).all()
+
+
+def test_an_average_of_weights_is_the_weighted_sum_of_all():
+    """Σ (1 - d) d^(n - i) w_i, the first one with all the weight that is left; d = e^-1."""
+    net = nn.Linear(1, 1).requires_grad_(False)
+    average, weights = common.average_of(net, 4), []
+    for _ in range(6):
+        net.weight.fill_(torch.randn(()))
+        weights.append(net.weight.item())
+        average.update_parameters(net)
+    d = math.exp(-1)
+    share = [d ** 5] + [(1 - d) * d ** (5 - i) for i in range(1, 6)]
+    assert average.module.weight.item() == pytest.approx(
+        sum(s * w for s, w in zip(share, weights)), abs=1e-6)
+
+
+def test_settled_batch_norms_have_the_statistics_of_the_maps():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    average = common.average_of(net, 10)
+    average.update_parameters(net)
+    z = 5 + torch.randn(2000, 3)  # two parts of 1000: means of means and of variances
+    common.settle(average, z)
+    maps = average.module[0](z).detach()
+    norm = average.module[1]
+    torch.testing.assert_close(norm.running_mean, maps.mean(dim=0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, torch.stack(
+        [part.var(dim=0) for part in maps.split(1000)]).mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
 def test_paths_lead_from_each_code_over_the_middle_to_the_next():
