@@ -570,7 +570,8 @@ def mlp_gradients_are_autograds(grads, seed, sizes, lam):
     for leaf in leaves.values():
         leaf.requires_grad_()
     a2 = (x @ w1.T + b1).relu() @ w2.T + b2
-    loss = ((y.detach() * F.softplus(-a2) + (1 - y) * F.softplus(a2)).mean()
+    zero = torch.zeros_like(a2)  # log (1 + e^a); F.softplus is a itself above 20, off by e^-20
+    loss = ((y.detach() * torch.logaddexp(-a2, zero) + (1 - y) * torch.logaddexp(a2, zero)).mean()
             + lam / 2 * (torch.linalg.matrix_norm(w1) ** 2 + torch.linalg.matrix_norm(w2) ** 2))
     exact = dict(zip(leaves, torch.autograd.grad(loss, tuple(leaves.values()))))
     with torch.no_grad():
