@@ -780,19 +780,24 @@ def figures(args, images, done, log):
     cells = {}
     for name, numbers in done.items():
         shown = [f"{key} {numbers[key]:.3g}" for key in ("kl", "obeyed") if key in numbers]
-        cells[name] = f"{name}\n{', '.join(shown)}", common.panel(numbers["pictures"], columns=10)
-    all_cells = [("data\n", common.panel(images.x[:60], columns=10)), *cells.values()]
+        cells[name] = f"{name}\n{', '.join(shown)}", common.panel(numbers["pictures"])
+    all_cells = [("data\n", common.panel(images.x[:64])), *cells.values()]
     common.save_panels(args.out / "samples.png",
                        [("", all_cells[i:i + 4]) for i in range(0, len(all_cells), 4)], title)
 
     ahead = [cell for name, cell in cells.items() if name.endswith("-ahead")]
     if ahead:
-        curves = [("slope of G's loss against D(G(z)):\nformula, and where training was",
-                   lambda ax: draw_slopes(ax, log)),
-                  ("gradient that reached G's weights,\nD ahead", lambda ax: draw_ahead(ax, log))]
-        common.save_panels(args.out / "saturation.png", [("", curves + ahead)],
-                           f"{title}, D far ahead")
-    common.plot_curves(args.out / "curves.png", log, {
+        fig, axes = common.figure(1, 2 + len(ahead), 5.2 + 2.6 * len(ahead), 3.4,
+                                  f"{title}, D far ahead")
+        draw_slopes(axes[0, 0], log)
+        draw_ahead(axes[0, 1], log)
+        for ax, (text, draw) in zip(axes[0, 2:], ahead):
+            draw(ax)
+            ax.set_title(text, fontsize=9)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        common.save_figure(fig, args.out / "saturation.png")
+    fair = [row for row in log if not row["model"].endswith("-ahead")]
+    common.plot_curves(args.out / "curves.png", fair or log, {
         "loss_d": "loss of D", "loss_g": "loss of G", "D(x)": "D(x): what D says to data",
         "D(G(z))": "D(G(z)): and to fakes", "gradient": "norm of the gradient in G"}, title)
 
@@ -809,16 +814,19 @@ def draw_slopes(ax, log):
         rows = [row for row in log if row["model"] in (name, f"{name}-ahead")]
         ax.plot([row["D(G(z))"] for row in rows], [row["slope"] for row in rows], ".",
                 color=f"C{colour}", markersize=4, alpha=0.5)
-    ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 2.05))
-    ax.legend(fontsize=7)
+    ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 2.05), xlabel="D(G(z))", ylabel="|∂loss_G / ∂score|")
+    ax.set_title("lines: by the formula\ndots: while training", fontsize=9)
 
 
 def draw_ahead(ax, log):
-    """Norm of the gradient of G's loss in all weights of G while D was ahead, against the step."""
+    """Norm of the gradient of G's loss in all weights of G while D was ahead, against the step.
+
+    In the colours of draw_slopes."""
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
         rows = [row for row in log if row["model"] == f"{name}-ahead"]
         ax.semilogy([row["step"] for row in rows], [row["gradient"] for row in rows], f"C{colour}")
-    ax.set(xlabel="step")
+    ax.set(xlabel="step", ylabel="norm of the gradient")
+    ax.set_title("D far ahead:\nwhat reached G's weights", fontsize=9)
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -902,7 +910,7 @@ def main(argv=None):
             common.save(common.paths(lambda z: generate(G, z), z_fixed[:N_PATHS]),
                         args.out / f"paths_{name}.pt")
             common.save(G.state_dict(), args.out / f"weights_{name}.pt")
-            run.done[name] = {"pictures": common.to_uint8(samples[:60]).cpu(),
+            run.done[name] = {"pictures": common.to_uint8(samples[:64]).cpu(),
                               **report(samples[:N_NEAREST], y[:N_NEAREST], images, method)}
         figures(args, images, run.done, run.rows)
         columns = ["classes", "kl", "distance", "specks", "obeyed"]

@@ -305,18 +305,20 @@ def figures(args, name, G, x, y, results, samples):
         (f"{method}\n{run['psnr']:.1f} dB", common.panel(beside(x[label][:32], run["x_rec"][:32])))
         for method, run in methods.items()]) for label, methods in results.items()],
         f"{title}: each picture left of what was found for it")
-    starts_figure(args.out / "starts.png", title, results["test"])
+    starts_figure(args.out / "starts.png", title, x["test"], results["test"])
 
     best = results["test"]["hybrid"]  # what it leaves is the fault of G
+    pictures, columns = worst(x["test"], best["x_rec"], y)
     common.save_panels(args.out / "worst.png", [("", [
         ("samples of G", common.panel(common.to_uint8(samples[:64]))),
-        ("worst windows of test pictures,\neach left of what was found",
-         common.panel(worst(x["test"], best["x_rec"], y)))])], title)
+        ("worst windows of test pictures, each left\nof what was found; a row for each class",
+         common.panel(pictures, columns))])], title, size=3.2)
 
     common.save_panels(args.out / "between.png", [("", [
         ("between the z of two test pictures\n(the ends: what was found)",
          common.panel(common.to_uint8(G(between(best["z"]))), 9)),
-        ("between their pixels", common.panel(common.to_uint8(between(x["test"])), 9))])], title)
+        ("between their pixels", common.panel(common.to_uint8(between(x["test"])), 9))])], title,
+        size=3.2)
 
 
 def beside(x, x_rec):
@@ -324,23 +326,27 @@ def beside(x, x_rec):
     return common.to_uint8(torch.stack([x, x_rec], dim=1).flatten(0, 1))
 
 
-def starts_figure(path, title, methods):
-    """The error of every start of five test pictures against the step."""
-    n = min(5, len(methods["hybrid"]["errors"]))
-    fig, axes = common.figure(1, n, 2.2 * n, 2.8, f"{title}: every start of {n} test pictures")
-    for i, ax in enumerate(axes[0]):
+def starts_figure(path, title, x, methods):
+    """The error of every start of five test pictures x against the step, below the picture."""
+    n = min(5, len(x))
+    fig, axes = common.figure(2, n, 2.2 * n, 3.8, f"{title}\n{n} test pictures, each left of what "
+                              "hybrid found for it; below: the error of every start")
+    for i, (top, ax) in enumerate(axes.T):
+        common.panel(beside(x[i:i + 1], methods["hybrid"]["x_rec"][i:i + 1]))(top)
         for method, colour in (("random starts", "C0"), ("hybrid", "C3")):
             curves = methods[method]["errors"][i].T.cpu().numpy()  # a column for each start
             ax.semilogy(curves, colour, linewidth=1)[0].set_label(method)
         ax.set_ylim(1e-4, 1)
-    axes[0, 0].set_ylabel("mean squared error")
+    axes[1, 0].set_ylabel("mean squared error")
     fig.supxlabel("step", fontsize="medium")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside right upper")
     common.save_figure(fig, path)
 
 
 def worst(x, x_rec, y):
-    """The 20 pictures with the worst windows, as many of each class, beside what was found."""
+    """The 20 pictures with the worst windows, as many of each class, beside what was found; the
+    number of columns in which each class has a row.
+    """
     width = x.shape[3] // 4
     value, top, left = worst_window(x, x_rec, width)
     y = torch.zeros_like(top) if y is None else y
@@ -349,7 +355,7 @@ def worst(x, x_rec, y):
     chosen = torch.cat([group[value[group].argsort(descending=True)][:each]
                         for group in groups])[:20]
     top, left = (at[chosen].repeat_interleave(2) for at in (top, left))
-    return framed(beside(x[chosen], x_rec[chosen]), top, left, width)
+    return framed(beside(x[chosen], x_rec[chosen]), top, left, width), 2 * min(each, 4)
 
 
 def framed(x, top, left, width):

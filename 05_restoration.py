@@ -311,7 +311,7 @@ def repair_by_all(args, G, pool, y, mask, label):
     """What each method makes of y, whose hidden pixels are black."""
     blind = repair(args, G, pool, y, torch.ones_like(mask), args.lam, f"{label}, blind")
     known = repair(args, G, pool, y, mask, args.lam, f"{label}, known mask")
-    return {"nothing": y, "neighbours": neighbours(y, mask), "blind": blind,
+    return {"damaged": y, "neighbours": neighbours(y, mask), "blind": blind,
             "known mask": torch.where(mask == 1, y, known)}
 
 
@@ -326,7 +326,7 @@ def mask_study(args, G, pool, x, masks):
         mask = make(len(x), x.shape[3], rng).to(x.device)
         restored = repair_by_all(args, G, pool, torch.where(mask == 1, x, -1.0), mask, name)
         results[name] = {
-            "hidden": 1 - mask.mean().item(), "pictures": restored,
+            "hidden": 1 - mask.mean().item(), "mask": mask, "pictures": restored,
             "psnr hidden": {k: psnr(v, x, 1 - mask) for k, v in restored.items()},
             "psnr all": {k: psnr(v, x, torch.ones_like(mask)) for k, v in restored.items()},
             "lost": share_of_wins(restored["neighbours"], restored["known mask"], x, 1 - mask)}
@@ -344,7 +344,7 @@ def noise_study(args, G, pool, x):
         std = level / 10
         rng = torch.Generator().manual_seed(args.seed)
         y = x + std * torch.randn(x.shape, generator=rng).to(x.device)
-        restored = {"nothing": y, "3x3 mean": F.avg_pool2d(y, 3, 1, 1, count_include_pad=False),
+        restored = {"noisy": y, "3x3 mean": F.avg_pool2d(y, 3, 1, 1, count_include_pad=False),
                     "G": repair(args, G, pool, y, everywhere, args.lam + std ** 2, f"noise {std}")}
         results[std] = {"pictures": restored,
                         "psnr": {k: psnr(v, x, everywhere) for k, v in restored.items()}}
@@ -507,10 +507,16 @@ def first(x):
 
 def mask_figure(args, name, x, results):
     """restored.png: a row for each kind of damage."""
-    common.save_panels(args.out / "restored.png", [(damage, [("before", first(x)), *(
-        (f"{method}\n{run['psnr hidden'][method]:.1f} dB", first(pictures))
-        for method, pictures in run["pictures"].items())]) for damage, run in results.items()],
-        f"Restoration on {name}, seed {args.seed}: PSNR on hidden pixels")
+    rows = []
+    for damage, run in results.items():
+        y = run["pictures"]["damaged"]
+        blue = torch.tensor([-1.0, -0.5, 0.5], device=y.device).view(3, 1, 1)
+        shown = run["pictures"] | {"damaged": torch.where(run["mask"] == 1, y, blue)}
+        rows.append((damage, [("original\n", first(x)), *(
+            (f"{method}\n{run['psnr hidden'][method]:.1f} dB", first(pictures))
+            for method, pictures in shown.items())]))
+    common.save_panels(args.out / "restored.png", rows, f"Restoration on {name}, seed {args.seed}: "
+                       "PSNR on hidden pixels (blue)", size=2.2)
 
 
 def noise_figure(args, name, results):
@@ -525,7 +531,8 @@ def noise_figure(args, name, results):
         (f"noise {std}", [(f"{method}\n{results[std]['psnr'][method]:.1f} dB", first(pictures))
                           for method, pictures in results[std]["pictures"].items()])
         for std in (0.2, 0.6, 1.0)]
-    common.save_panels(args.out / "noise.png", rows, f"Restoration on {name}, seed {args.seed}")
+    common.save_panels(args.out / "noise.png", rows, f"Restoration on {name}, seed {args.seed}",
+                       size=2.2)
 
 
 def own_figure(args, G, pool, x, mask):
@@ -537,7 +544,7 @@ def own_figure(args, G, pool, x, mask):
         made = {"blind": repair(args, G, pool, x, mask, args.lam, "your picture, blind")}
     else:
         made = {"hidden": 1 - 2 * mask} | repair_by_all(args, G, pool, x, mask, "your picture")
-        del made["nothing"]
+        del made["damaged"]
     pictures |= {name: common.to_uint8(picture) for name, picture in made.items()}
     common.save_panels(args.out / "own.png", [("", [
         (name, common.panel(picture)) for name, picture in pictures.items()])])
@@ -596,7 +603,7 @@ def study(args, G, pool, x, masks, name):
 
 def print_tables(name, results, noise):
     """PSNR by damage, hidden pixels alone and all; by strength of the noise."""
-    methods = ["nothing", "neighbours", "blind", "known mask"]
+    methods = ["damaged", "neighbours", "blind", "known mask"]
     common.print_table([f"{name}: psnr hidden", "hidden", *methods, "lost"], [
         [damage, f"{run['hidden']:.3f}", *(f"{run['psnr hidden'][m]:.1f}" for m in methods),
          f"{run['lost']:.2f}"] for damage, run in results.items()])
@@ -604,7 +611,7 @@ def print_tables(name, results, noise):
         [damage, *(f"{run['psnr all'][m]:.1f}" for m in methods)]
         for damage, run in results.items()])
     if noise:
-        methods = ["nothing", "3x3 mean", "G"]
+        methods = ["noisy", "3x3 mean", "G"]
         common.print_table(["psnr, noise of", *methods], [
             [f"{std:.1f}", *(f"{run['psnr'][m]:.1f}" for m in methods)]
             for std, run in noise.items()])

@@ -598,7 +598,8 @@ def draw_samples(path, images, measured, title):
     """Pictures of all that was measured, five panels in a row beside the data."""
     cells = []
     for label, numbers in measured.items():
-        label = "\n".join(Path(label.removesuffix(".pt")).parts[-2:])  # of a file: its folder too
+        *_, folder, name = ["", *Path(label.removesuffix(".pt")).parts]  # of a file: its folder too
+        label = f"{folder}\n{name.removeprefix('samples_')}".strip()
         scores = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
         cells.append((f"{label}\n{scores}", common.panel(numbers["pictures"])))
     data = "data\n", common.panel(images.x[:64])

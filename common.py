@@ -1045,10 +1045,13 @@ def figure(rows, columns, width, height, title=""):
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def save_panels(path, rows, title="", tell=True):
-    """Small multiples: rows of (label, [(title, draw)]), where draw(ax) fills one panel."""
+def save_panels(path, rows, title="", size=2.6, tell=True):
+    """Small multiples: rows of (label, [(title, draw)]), where draw(ax) fills one panel.
+
+    size: of a panel, in inches; in 2.6 eight pictures beside each other have 28 pixels each.
+    """
     n = max(len(cells) for _, cells in rows)
-    fig, axes = figure(len(rows), n, 2.2 * n, 2.45 * len(rows) + 0.3, title)
+    fig, axes = figure(len(rows), n, size * n, (size + 0.25) * len(rows) + 0.3, title)
     for line, (label, cells) in zip(axes, rows):
         for ax, (text, draw) in zip(line, cells):
             draw(ax)

@@ -38,8 +38,8 @@ def second_core(request, tmp_path_factory):
     They start processes and wait for them, which leaves the first core to the tests.
     """
     folder = tmp_path_factory.mktemp("beside")
-    runs = [mark.kwargs["run"] for item in request.session.items
-            for mark in item.iter_markers("beside")]
+    runs = dict.fromkeys(mark.kwargs["run"] for item in request.session.items
+                         for mark in item.iter_markers("beside"))
     with ThreadPoolExecutor(max_workers=1) as pool:
         yield {run: pool.submit(run, folder) for run in runs}
         pool.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
-"""What test_processes.py starts: torchrun --nproc-per-node 2 tests/in_two_processes.py WHAT FOLDER.
+"""What test_processes.py starts: torchrun --nproc-per-node 2 tests/in_two_processes.py FOLDER WHAT ...
 
-WHAT: gradients, chapters, toy, killed. Each process writes what it holds into FOLDER.
+WHAT: gradients, chapters, whole, killed. Each process writes what it holds into FOLDER.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def net_and_loss():
 
 def gradients(folder):
     """Of the first batch, and the weights of a process that starts elsewhere."""
-    with common.Run(arguments(folder)) as run:
+    with common.Run(arguments(folder / "gradients")) as run:
         for run.name in run.each(["a"]):
             net, loss = net_and_loss()
             if common.rank():
@@ -45,7 +45,7 @@ def gradients(folder):
 def chapters(folder):
     """Ten steps each; what both processes hold after the last, before it is shared."""
     share = common.share_state
-    torch.distributed.init_process_group("gloo")
+    common.save_figure = common.save_animation = lambda *args, **more: None  # the test has no use
     for name, flags in CHAPTERS.items():
         chapter, held = importlib.import_module(name), []
 
@@ -58,7 +58,6 @@ def chapters(folder):
         chapter.main(["--quick", *steps, "--batch", "8", "--data-dir", str(folder.parent),
                       "--out", str(folder / name), *flags])
         torch.save(held, folder / f"{name}{common.rank()}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def killed(folder):
@@ -76,4 +75,7 @@ def whole(folder):
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (gradients, chapters, killed, whole)}[sys.argv[1]](Path(sys.argv[2]))
+    torch.distributed.init_process_group("gloo")
+    for what in sys.argv[2:]:
+        {f.__name__: f for f in (gradients, chapters, killed, whole)}[what](Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

@@ -433,6 +433,6 @@ def test_figures_take_any_number_of_pictures(n):
     assert_close(ends.flatten(0, 1), torch.cat([x] * 16)[:16])
     labels = torch.arange(n) % 10
     each = [min(20 // min(n, 10), (labels == k).sum()) for k in labels.unique()]
-    assert len(inversion.worst(x, torch.zeros_like(x), labels)) == 2 * sum(each)
-    assert len(inversion.worst(x, torch.zeros_like(x), None)) == 2 * min(n, 20)
-    assert len(inversion.worst(x, torch.zeros_like(x), torch.arange(n))) == 2 * min(n, 20)
+    assert len(inversion.worst(x, torch.zeros_like(x), labels)[0]) == 2 * sum(each)
+    assert len(inversion.worst(x, torch.zeros_like(x), None)[0]) == 2 * min(n, 20)
+    assert len(inversion.worst(x, torch.zeros_like(x), torch.arange(n))[0]) == 2 * min(n, 20)

@@ -767,7 +767,7 @@ def test_what_was_seen_stays_and_blind_does_not_know_the_mask(monkeypatch):
     mask[:, :, 2:4] = 0
     made = restoration.repair_by_all(argparse.Namespace(lam=1), None, None, y, mask, "")
     assert torch.equal(made["known mask"], torch.where(mask == 1, y, 7.0))
-    assert (made["blind"] == 7).all() and torch.equal(made["nothing"], y)
+    assert (made["blind"] == 7).all() and torch.equal(made["damaged"], y)
     assert asked[0].all() and torch.equal(asked[1], mask)
 
 

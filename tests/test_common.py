@@ -883,17 +883,19 @@ def taken():
             torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
 
 
-@pytest.mark.parametrize("how", ["well", "refused", "killed", "stopped"])
-def test_a_run_gives_back_what_it_took(tmp_path, how):
+def test_a_run_gives_back_what_it_took(tmp_path):
     """In a notebook the process goes on, and another may want the folder."""
-    before, args = taken(), arguments(tmp_path)
-    end = {"well": lambda run: None, "refused": lambda run: common.fail("no"),
-           "killed": lambda run: 1 / 0, "stopped": press_ctrl_c_at(5)}[how]
-    with contextlib.suppress(SystemExit, ZeroDivisionError):
-        toy(args, in_step=end)
-    assert taken() == before
-    code = "with common.Run(common.parser('', 'x.py').parse_args(['--out', sys.argv[1]])): pass"
-    assert in_new_process(code, args.out).wait() == 0
+    ends = {"well": lambda run: None, "refused": lambda run: common.fail("no"),
+            "killed": lambda run: 1 / 0, "stopped": press_ctrl_c_at(5)}
+    before = taken()
+    for how, end in ends.items():
+        with contextlib.suppress(SystemExit, ZeroDivisionError):
+            toy(arguments(tmp_path / how), in_step=end)
+        assert taken() == before, how
+    code = """for out in sys.argv[1:]:
+    with common.Run(common.parser("", "x.py").parse_args(["--out", out])): pass"""
+    other = in_new_process(code, *(arguments(tmp_path / how).out for how in ends))
+    assert other.communicate()[1] == "" and other.returncode == 0
 
 
 def test_a_run_outside_of_the_main_thread_goes_without_ctrl_c(tmp_path, straight):

@@ -16,21 +16,27 @@ from test_common import TEN, same_results
 EPS = torch.finfo(torch.float64).eps
 
 
-def torchrun(what, folder):
+def torchrun(folder, *what):
     """Two processes on one core each; their folder, how they ended, and what they said."""
     folder.mkdir(exist_ok=True)
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         Path(__file__).parent / "in_two_processes.py", what, folder],
+         Path(__file__).parent / "in_two_processes.py", folder, *what],
         text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     return folder, run.returncode, run.stdout + run.stderr
 
 
-def gradients(folder):
-    return torchrun("gradients", folder / "gradients")
+def straight(folder):
+    """All that goes to its end, in one start of the two processes."""
+    return torchrun(folder / "straight", "gradients", "whole", "chapters")
 
 
-@pytest.mark.beside(run=gradients)
+def killed_then_resumed(folder):
+    """The runs of "whole" in which one process dies, and these runs taken up again."""
+    return [torchrun(folder / "killed", "killed"), torchrun(folder / "killed", "whole")]
+
+
+@pytest.mark.beside(run=straight)
 def test_the_averaged_gradient_is_that_of_the_whole_batch(beside):
     """Two halves of a batch of 8: the mean of two means of 4 is the mean of 8."""
     folder, status, said = beside
@@ -54,11 +60,7 @@ def test_half_of_the_batch_is_rejected():
     assert (whole - half).abs().max() > 1e-3 * whole.abs().max()
 
 
-def chapters(folder):
-    return torchrun("chapters", folder / "chapters")
-
-
-@pytest.mark.beside(run=chapters)
+@pytest.mark.beside(run=straight)
 def test_chapters_keep_equal_parameters_and_write_one_set_of_files(beside):
     folder, status, said = beside
     assert status == 0, said
@@ -72,22 +74,18 @@ def test_chapters_keep_equal_parameters_and_write_one_set_of_files(beside):
         assert {"checkpoint.pt", "log.csv"} < files and not any(".tmp" in file for file in files)
         rows = (out / "log.csv").read_text().splitlines()
         assert len(rows) == 11, name  # a head, and one row for each step
-    assert said.count("device cpu") == len(CHAPTERS)  # the first process alone speaks
+    assert said.count("device cpu") == 2 + len(CHAPTERS)  # the first process alone speaks
 
 
-def killed_then_resumed(folder):
-    """A straight run, a run in which one process dies, and that run taken up again."""
-    return [torchrun("whole", folder / "straight"), torchrun("killed", folder / "killed"),
-            torchrun("whole", folder / "killed")]
-
-
-@pytest.mark.beside(run=killed_then_resumed)
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_to_the_same_bits(beside):
-    (straight, status, said), (_, killed, _), (resumed, again, said_again) = beside
+@pytest.mark.beside(run=straight)
+@pytest.mark.beside(run=killed_then_resumed)  # the nearest is the fixture beside
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_to_the_same_bits(beside, second_core):
+    (_, killed, _), (resumed, again, said_again) = beside
+    folder, status, said = second_core[straight].result()
     assert status == 0 and again == 0, said + said_again
     assert killed != 0 and "step 5/12" not in said_again.partition("b  step")[0].splitlines()[0]
     for rank in (0, 1):
-        results = [torch.load(folder / f"done{rank}.pt") for folder in (straight, resumed)]
+        results = [torch.load(folder / f"done{rank}.pt") for folder in (folder, resumed)]
         assert same_results(*results)
 
 
