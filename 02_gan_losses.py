@@ -184,7 +184,7 @@ def began_convergence(real_error, fake_error, gamma):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side, width):
-    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
+    """Channels of the maps, at half the side first; side of the smallest, 4 to 7 if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -192,9 +192,9 @@ def channels(side, width):
 def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in: z_dim, and classes if it sees y.
 
-    Fully connected layers with `hidden` units, then convolutions with `width` channels on the
-    largest map, 2 width on the next, and so on; with width = 0 one more fully connected layer
-    draws the picture. Starts with normal weights of 0.02, zero biases.
+    Fully connected layers with `hidden` units, then convolutions: `width` channels on the map of
+    half the side, 2 width on that of a quarter, and so on; with width = 0 one more fully connected
+    layer draws the picture. Starts with normal weights of 0.02, zero biases.
     """
     widths, small = channels(side, width)
     layers = []
@@ -202,15 +202,15 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
     if width:
         layers.append(nn.Unflatten(1, (widths[-1], small, small)))
-        for i, o in pairwise([widths[-1], *widths[::-1]]):
+        for i, o in pairwise([*widths[::-1], c]):
             layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
                        nn.BatchNorm2d(o), nn.ReLU()]
-        layers += [nn.Conv2d(width, c, kernel_size=3, padding=1), nn.Tanh()]
+        layers[-2:] = [nn.Tanh()]  # the last map is the picture
     else:
         layers += [nn.Linear(hidden[-1], c * side ** 2), nn.Unflatten(1, (c, side, side)),
                    nn.Tanh()]
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
@@ -845,9 +845,10 @@ def parse_args(argv=None):
                    "with convolutions at G's end; conv: convolutions; if not given: dense for "
                    "small grey pictures, else conv")
     g.add_argument("--width-g", type=common.number(int, 1),
-                   help="channels of G's largest map; if not given: 8 for dense, 32 for conv")
+                   help="channels of G's map of half the side; if not given: 8 for dense, 32 for "
+                   "conv")
     g.add_argument("--width-d", type=common.number(int, 1),
-                   help="channels of D's largest map, for conv; if not given: 32")
+                   help="channels of D's map of half the side, for conv; if not given: 32")
     g = p.add_argument_group("rates and steps of the two players")
     g.add_argument("--lr-d", type=common.number(float, above=0), help="D's rate; else the method's")
     g.add_argument("--lr-g", type=common.number(float, above=0), help="G's rate; else the method's")

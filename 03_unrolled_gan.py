@@ -30,13 +30,13 @@ from torch.nn import functional as F
 import common
 
 # The same for every k. k, steps, batch, eta and z_dim have flags, which take their place.
-POINTS = dict(k=[0, 5], steps=9000, batch=128, eta=0.1, z_dim=16, lr_g=2e-3, lr_d=1e-3, beta1=0.5,
+POINTS = dict(k=[0, 5], steps=9000, batch=256, eta=0.1, z_dim=4, lr_g=2e-3, lr_d=1e-3, beta1=0.5,
               saturating=True, averaged=False)
 # eta: a step moves the logit of a linear D by up to eta ‖x‖², and ‖x‖² of a digit is near 784
 PICTURES = dict(k=[0, 2], steps=1600, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, lr_d=5e-4,
                 beta1=0.0, saturating=False, averaged=True)
 SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=12_000)}
-D_HIDDEN = 512                   # width of the hidden layer of the D of points
+D_HIDDEN = 256                   # width of the hidden layer of the D of points
 CURVES = {"loss_g": "loss of G, nats", "f": "f, the value of the game, nats\n(dotted: D says 1/2)",
           "kl": "KL to equal shares, nats", "good": "good: share within\n3 standard deviations",
           "distance": "distance to the data"}    # what stands above the panels of curves.png
@@ -99,15 +99,17 @@ def plane_nets(d_z):
     """Points in the plane. G: z_dim -> 2; D: one hidden layer on x / 4. ReLU, orthogonal start.
 
     D is small on purpose: with a second hidden layer the plain GAN reaches all 8 modes of the ring.
+    G starts steep and has few z: what a continuous map draws between two modes becomes less.
     """
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
     D = nn.Sequential(Scale(1 / 4), nn.Linear(2, D_HIDDEN), nn.ReLU(), nn.Linear(D_HIDDEN, 1),
                       nn.Flatten(0))                                         # [B]
-    for layer in [*G, *D]:
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, gain=0.8)
-            nn.init.zeros_(layer.bias)
+    for net, gain in ((G, 1.6), (D, 0.8)):
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
     return G, D
 
 
@@ -157,7 +159,7 @@ def image_nets(d_z, c, h, w):
 def train(run, args, data, k):
     """Trains one GAN with k unrolled steps of D; returns G and the z of its samples.
 
-    run: see chapter 01. run.note adds to the row of this step, run.kept is what the figures need.
+    run logs, saves and draws. run.note adds to the row of this step, run.kept is what the figures need.
     """
     torch.manual_seed(args.seed)  # every k starts from the same networks
     G, D = (net.to(run.device) for net in data.nets())
@@ -214,7 +216,7 @@ def generate(G, z):
 
 class Points:
     """The ring of 8 or the grid of 25 Gaussians in the plane: data, networks, measures."""
-    legend = ("dots: samples; circles: modes; blue: D says real, red: fake\n"
+    legend = ("dots: samples; circles: modes; D says blue: real, white: 1/2, red: fake\n"
               "good: share of samples within 3 standard deviations of a mode")
 
     def __init__(self, run, args):
@@ -344,7 +346,7 @@ def draw_animation(args, data, shots):
     """process.gif: all that was kept of the ring, one k beside the other."""
     frames = []
     for step in next(iter(shots.values())):
-        fig, axes = common.figure(1, len(shots), 2.4 * len(shots), 2.7)
+        fig, axes = common.figure(1, len(shots), 2.4 * len(shots), 2.9)
         for ax, (name, by_step) in zip(axes[0], shots.items()):
             data.draw(**tensors(by_step[step]))(ax)
             ax.set_title(f"{name}, {caption(by_step[step])}", fontsize=9)
@@ -382,8 +384,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=common.number(int, 1), help="training steps for each k; if not "
                    "given: 9000, for the grid 12000, for pictures 1600")
     g.add_argument("--batch", type=common.number(int, 1), help="points or pictures in a batch; if "
-                   "not given: 128, for pictures 64")
-    g.add_argument("--z-dim", type=common.number(int, 1), help="length of z; if not given: 16, for "
+                   "not given: 256, for pictures 64")
+    g.add_argument("--z-dim", type=common.number(int, 1), help="length of z; if not given: 4, for "
                    "pictures 50")
     g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps per step")
     g.add_argument("--d-steps", type=common.number(int, 1), default=1, help="D steps per step")

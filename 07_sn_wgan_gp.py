@@ -24,6 +24,7 @@ Run      python 07_sn_wgan_gp.py
 
 import math
 import socket
+from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -212,7 +213,7 @@ def truncated_normal(n, d, limit, generator=None):
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side, width):
-    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
+    """Channels of the maps, at half the side first; side of the smallest, 4 to 7 if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -228,12 +229,12 @@ def generator(d_z, c, side):
     for i, o in pairwise([d_z, *HIDDEN_G * dense, widths[-1] * small ** 2]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
     layers.append(nn.Unflatten(1, (widths[-1], small, small)))
-    for i, o in pairwise([widths[-1], *widths[::-1]]):
+    for i, o in pairwise([*widths[::-1], c]):
         layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
                    nn.BatchNorm2d(o), nn.ReLU()]
-    layers += [nn.Conv2d(widths[0], c, kernel_size=3, padding=1), nn.Tanh()]
+    layers[-2:] = [nn.Tanh()]  # the last map is the picture
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
@@ -560,7 +561,9 @@ def score_files(args, images, ruler):
     """
     d, shape, measured = ruler.reference.shape[1], list(images.x.shape[1:]), {}
     paths = {}
-    for path in dict.fromkeys(args.score):
+    # Windows leaves it to the program what * stands for
+    files = [Path(file) for path in args.score for file in sorted(glob(str(path))) or [path]]
+    for path in dict.fromkeys(files):
         try:
             x = torch.load(path, map_location=images.x.device, weights_only=True)
             fits = x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x) > d
@@ -595,16 +598,15 @@ def score_files(args, images, ruler):
 # --- figures -----------------------------------------------------------------------------------
 
 def draw_samples(path, images, measured, title):
-    """Pictures of all that was measured, five panels in a row beside the data."""
-    cells = []
+    """Pictures of the data and of all that was measured."""
+    cells = [("data\n", common.panel(images.x[:64]))]
     for label, numbers in measured.items():
         *_, folder, name = ["", *Path(label.removesuffix(".pt")).parts]  # of a file: its folder too
         label = f"{folder}\n{name.removeprefix('samples_')}".strip()
         scores = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
         cells.append((f"{label}\n{scores}", common.panel(numbers["pictures"])))
-    data = "data\n", common.panel(images.x[:64])
-    common.save_panels(path, [("", [data, *cells[i:i + 5]]) for i in range(0, len(cells), 5)],
-                       title)
+    n = 3 if len(cells) <= 6 else 4  # in a row
+    common.save_panels(path, [("", cells[i:i + n]) for i in range(0, len(cells), n)], title)
 
 
 def draw_scores(args, images, labels, log, ruler):

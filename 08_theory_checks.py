@@ -129,19 +129,20 @@ def gradient(f, *inputs):
     return grads[0] if len(grads) == 1 else grads
 
 
-def figure(name, title, panels=1, width=4.5, height=3.8):
-    """Decorator of draw(panel, ...): name.png has panels side by side, `width` inches each."""
+def figure(name, title, panels=1, rows=1, width=4.5, height=3.8):
+    """Decorator of draw(panel, ...): name.png has `panels` of width x height inches in `rows`."""
     def keep(draw):
-        FIGURES[name] = draw, title, panels, width, height
+        FIGURES[name] = draw, title, panels, rows, width, height
         return draw
     return keep
 
 
-def save_figure(path, draw, title, panels, width, height):
+def save_figure(path, draw, title, panels, rows, width, height):
     """Draws the panels and puts the legend of each below it, where it hides no data."""
-    fig, axes = common.figure(1, panels, width * panels, height, title)
-    draw(*axes[0])
-    for ax in axes[0]:
+    columns = panels // rows
+    fig, axes = common.figure(rows, columns, width * columns, height * rows, title)
+    draw(*axes.flat)
+    for ax in axes.flat:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
     common.save_figure(fig, path)
@@ -1861,10 +1862,10 @@ def bilinear_game():
 
 
 @figure("bilinear", "V = x y: x descends, y ascends, η = 0.1, 150 steps from the black dot",
-        panels=6, width=2.6, height=3.2)
+        panels=6, rows=2, width=3, height=3.6)
 def draw_bilinear(*panels):
     kinds = {"plain": {}, "rollback, k = 1": dict(k=1, exact=False),
-             "rollback, k = 5": dict(k=5, exact=False), "exact, k = 1": dict(k=1),
+             "rollback, k = 2": dict(k=2, exact=False), "exact, k = 1": dict(k=1),
              "in turn": dict(alternating=True),
              "in turn, rollback, k = 1": dict(k=1, exact=False, alternating=True)}
     for ax, (name, kind) in zip(panels, kinds.items()):

@@ -92,6 +92,8 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
+            if isinstance(action.default, list):
+                return f"{action.help} (default: {' '.join(map(str, action.default))})"
             hidden = action.default is None or action.default is False  # tells nobody anything
             return action.help if hidden else super()._get_help_string(action)
 

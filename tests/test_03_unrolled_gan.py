@@ -21,6 +21,7 @@ from harness import folder_of_pictures, killed_after, one_line, results, same
 from strategies import generator, normal, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
+Z = unrolled.POINTS["z_dim"]
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -301,7 +302,7 @@ def test_steps_of_both_players_are_counted(tmp_path, monkeypatch):
         steps.append(sum(p.numel() for g in opt.param_groups for p in g["params"])),
         original(opt, *a))[1])
     run(tmp_path, "--g-steps", "2", "--d-steps", "3")
-    of_g, of_d = (sum(p.numel() for p in net.parameters()) for net in unrolled.plane_nets(16))
+    of_g, of_d = (sum(p.numel() for p in net.parameters()) for net in unrolled.plane_nets(Z))
     assert steps == 2 * 12 * ([of_g] * 2 + [of_d] * 3)
 
 
@@ -338,8 +339,8 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, tensors_alive, monkeypatc
 def test_the_kept_weights_draw_the_samples(tmp_path):
     samples = run(tmp_path)["samples_k2.pt"]
     torch.manual_seed(0)
-    G, _ = unrolled.plane_nets(16)
-    z = torch.randn(len(samples), 16)
+    G, _ = unrolled.plane_nets(Z)
+    z = torch.randn(len(samples), Z)
     G.load_state_dict(torch.load(tmp_path / "quick" / "weights_k2.pt"))
     assert torch.equal(unrolled.generate(G, z), samples)
 

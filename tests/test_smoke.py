@@ -46,12 +46,14 @@ def test_quick_run(script, beside):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_chapter_and_every_flag_is_used(script, capsys):
+def test_help_shows_the_chapter_and_every_flag_is_used(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script[:-3]).main(["--help"])
     shown = capsys.readouterr().out
     source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
-    assert stop.value.code == 0 and "Idea" in shown
+    assert stop.value.code == 0 and "Idea" in shown and "default: [" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
     for flag in re.findall(r"^  (?:-\w, )?--([a-z-]+)", shown, re.MULTILINE):
         assert flag == "help" or f"args.{flag.replace('-', '_')}" in source, f"--{flag} is not used"
 
