@@ -99,14 +99,14 @@ def plane_nets(d_z):
     """Points in the plane. G: z_dim -> 2; D: one hidden layer on x / 4. ReLU, orthogonal start.
 
     D is small on purpose: with a second hidden layer the plain GAN reaches all 8 modes of the ring.
-    G starts steep and has few z: what a continuous map draws between two modes becomes less.
+    G starts steep and z is short: what a continuous map draws between two modes becomes less.
     """
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
     D = nn.Sequential(Scale(1 / 4), nn.Linear(2, D_HIDDEN), nn.ReLU(), nn.Linear(D_HIDDEN, 1),
                       nn.Flatten(0))                                         # [B]
-    for net, gain in ((G, 1.6), (D, 0.8)):
-        for layer in net:
+    for layers, gain in ((G[:-1], 1.6), ([G[-1], *D], 0.8)):
+        for layer in layers:
             if isinstance(layer, nn.Linear):
                 nn.init.orthogonal_(layer.weight, gain)
                 nn.init.zeros_(layer.bias)
