@@ -841,7 +841,7 @@ def parse_args(argv=None):
     g.add_argument("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
                    default=[n for n in METHODS if n.startswith(("minimax", "nonsat", "lsgan"))],
                    help=f"{', '.join(METHODS)}, or all")
-    g.add_argument("--steps", type=common.number(int, 1), default=2000, help="steps of G")
+    g.add_argument("--steps", type=common.number(int, 1), default=2500, help="steps of G")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("networks")
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")

@@ -355,7 +355,8 @@ def check_conv(x_size, w_size, y_size, **how):
     """Raises ValueError unless the convolution of x with w gives y."""
     x, w = (torch.empty(*size, device="meta") for size in (x_size, w_size))  # sizes, no numbers
     with contextlib.suppress(RuntimeError):  # torch's, if they do not fit at all
-        if F.conv2d(x, w, **how).shape == tuple(y_size) and w_size[0] % how["groups"] == 0:
+        fits = F.conv2d(x, w, **how).shape == tuple(y_size) and w_size[0] % how["groups"] == 0
+        if fits and min(y_size[2:]) > 0:  # before torch 2.14 a kernel could be too large here
             return
     raise ValueError(f"{how['groups']} groups: the convolution of {tuple(x_size)} with "
                      f"{tuple(w_size)} does not give {tuple(y_size)}")
