@@ -666,7 +666,7 @@ def parse_args(argv=None):
                    help="D's steps to one of G; every model is trained with each of them")
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.number(int, 1), default=4400,
+    g.add_argument("--steps", type=common.number(int, 1), default=4000,
                    help="of D and G together, in each training")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("scores")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import common
+from harness import draw_nothing
 from own_functions import Mine
 
 torch.set_num_threads(1)  # the same rounding on every machine, and no fight over two cores
@@ -62,12 +63,10 @@ def digits_dir(tmp_path_factory):
 
 @pytest.fixture
 def no_figures(request, monkeypatch):
-    """None is made, which takes longer than a few steps of training; if the test is marked with
-    draws, all are made and none is written."""
+    """None is made, or if the test is marked with draws, none is written."""
     monkeypatch.setattr(common, "save_figure", lambda fig, path, tell=True: None)
     if not request.node.get_closest_marker("draws"):
-        for name in ("save_panels", "save_process", "save_animation", "plot_curves"):
-            monkeypatch.setattr(common, name, lambda *args, **more: None)
+        draw_nothing(monkeypatch)
 
 
 @pytest.fixture

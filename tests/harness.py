@@ -3,6 +3,7 @@
 import contextlib
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,19 @@ def one_line(capsys, run, *words, status=2):
     assert stop.value.code == status and error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+def draw_nothing(patch):
+    """Figures take longer than a few steps of training: axes that take all and draw nothing."""
+    def figure(rows, columns, *size):
+        axes = numpy.empty((rows, columns), dtype=object)
+        for place in numpy.ndindex(axes.shape):
+            axes[place] = mock.MagicMock()
+        return mock.MagicMock(), axes
+
+    patch.setattr(common, "figure", figure)
+    for name in ("save_figure", "save_panels", "save_process", "save_animation", "plot_curves"):
+        patch.setattr(common, name, lambda *args, **more: None)
 
 
 def all_white(monkeypatch):
