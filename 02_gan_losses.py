@@ -454,7 +454,7 @@ class EBGAN(Minimax):
     """
     d, g = staticmethod(lambda real, fake: ebgan_d(real, fake, MARGIN)), staticmethod(torch.mean)
     read = nn.Identity()
-    lr_conv = 2e-3, 2e-3         # D is fully connected all the same
+    lr = lr_conv = 2e-3, 2e-3    # with a slower D some z stay grey, which pull_away pays for
     code = 64                    # length of the autoencoder's code
 
     def nets(self, c, side):
