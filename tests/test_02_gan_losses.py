@@ -638,6 +638,19 @@ def test_every_change_that_a_method_makes_reaches_the_training(tmp_path, digits_
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.parametrize("nets, used, unused", [
+    (["--nets", "conv", "--width-g", "4", "--width-d", "4"], "lr_conv", "lr"),
+    (["--nets", "fc"], "lr", "lr_conv"), ([], "lr", "lr_conv")])
+def test_convolutions_have_their_own_rates(tmp_path, digits_dir, monkeypatch, nets, used, unused):
+    flags = ["--loss", "lsgan", "--steps", "2", *nets]
+    plain = run(tmp_path / "plain", digits_dir, *flags)
+    monkeypatch.setattr(losses.LSGAN, unused, (1e-4, 1e-4))
+    assert same(run(tmp_path / "unused", digits_dir, *flags), plain)
+    monkeypatch.setattr(losses.LSGAN, used, (1e-4, 1e-4))
+    assert not same(run(tmp_path / "used", digits_dir, *flags), plain)
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 def test_r1_is_added_to_the_loss_of_d_with_half_its_weight(tmp_path, digits_dir, monkeypatch):
     monkeypatch.setattr(losses, "r1_penalty", lambda critic, x: torch.tensor(0.5))
     first = []
