@@ -108,3 +108,18 @@ def test_importing_does_nothing(script, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / script), run_name="imported")
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, make", [
+    ("02", lambda chapter: chapter.generator(8, 1, 28)),
+    ("02", lambda chapter: chapter.generator(8, 1, 28, [20], width=0)),
+    ("02", lambda chapter: chapter.generator(8, 3, 32, [], width=4)),
+    ("03", lambda chapter: chapter.image_nets(8, 1, 28, 28)[0]),
+    ("04", lambda chapter: chapter.generator(8, 1, 28)),
+    ("07", lambda chapter: chapter.generator(8, 1, 28)),
+    ("07", lambda chapter: chapter.generator(8, 3, 64))])
+def test_a_generator_can_draw_light_and_dark(script, make):
+    """With a ReLU before the tanh no pixel would be darker than grey."""
+    torch.manual_seed(0)
+    G = make(importlib.import_module(next(s for s in SCRIPTS if s.startswith(script))[:-3]))
+    assert 0.2 < (G(torch.randn(16, 8)) < 0).float().mean() < 0.8
