@@ -606,7 +606,7 @@ def schedule(name, opt, steps):
 def train(run, args, method, images):
     """Trains one method; returns the average G and what it draws its samples from.
 
-    run: see chapter 01. run.due(40) is true 40 times, and run.note adds to the row of that step;
+    run logs, saves and draws: run.due(40) is true 40 times, run.note adds to the row of that step,
     run.shoot adds pictures to process.png.
     """
     torch.manual_seed(args.seed)
@@ -825,7 +825,8 @@ def draw_slopes(ax, log):
 def draw_ahead(ax, log):
     """Norm of the gradient of G's loss in all weights of G while D was ahead, against the step.
 
-    In the colours of draw_slopes."""
+    In the colours of draw_slopes.
+    """
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
         rows = [row for row in log if row["model"] == f"{name}-ahead"]
         ax.semilogy([row["step"] for row in rows], [row["gradient"] for row in rows], f"C{colour}")

@@ -311,8 +311,9 @@ def figures(args, name, G, x, y, results, samples):
     pictures, columns = worst(x["test"], best["x_rec"], y)
     common.save_panels(args.out / "worst.png", [("", [
         ("samples of G", common.panel(common.to_uint8(samples[:64]))),
-        ("worst windows of test pictures, each left\nof what was found; a row for each class",
-         common.panel(pictures, columns))])], title, size=3.2)
+        ("worst windows of test pictures, each left\nof what was found"
+         + "; a row for each class" * (columns < 8), common.panel(pictures, columns))])], title,
+        size=3.2)
 
     common.save_panels(args.out / "between.png", [("", [
         ("between the z of two test pictures\n(the ends: what was found)",
@@ -344,8 +345,8 @@ def starts_figure(path, title, x, methods):
 
 
 def worst(x, x_rec, y):
-    """The 20 pictures with the worst windows, as many of each class, beside what was found; the
-    number of columns in which each class has a row.
+    """The 20 pictures with the worst windows, as many of each class, beside what was found; and
+    how many columns give each class a row, or 8 if it has four or more.
     """
     width = x.shape[3] // 4
     value, top, left = worst_window(x, x_rec, width)

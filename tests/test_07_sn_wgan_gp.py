@@ -210,7 +210,7 @@ def test_all_layers_of_d_are_normalised_and_only_with_sn():
 
 def test_power_iteration_needs_some_passes():
     """What discriminator's docstring says of the largest singular value of a layer."""
-    for seed in range(8):
+    for seed in range(20):
         torch.manual_seed(seed)
         D = gan.discriminator(1, 28, sn=True)
 
