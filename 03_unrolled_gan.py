@@ -30,10 +30,10 @@ import common
 
 # The same for every k. k, steps, batch, eta and z_dim have flags, which take their place.
 POINTS = dict(k=[0, 5], steps=9000, batch=256, eta=0.1, z_dim=4, lr_g=2e-3, lr_d=1e-3, beta1=0.5,
-              saturating=True, averaged=False)
+              averaged=False)
 # eta: a step moves the logit of a linear D by up to eta ‖x‖², and ‖x‖² of a digit is near 784
 PICTURES = dict(k=[0, 2], steps=1600, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, lr_d=5e-4,
-                beta1=0.0, saturating=False, averaged=True)
+                beta1=0.0, averaged=True)
 SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=12_000)}
 D_HIDDEN = 256                   # width of the hidden layer of the D of points
 CURVES = {"loss_g": "loss of G, nats", "f": "f, the value of the game, nats\n(dotted: D says 1/2)",
@@ -84,7 +84,7 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     exact: ∂f/∂θ_G + ∂f/∂θ_D^k · dθ_D^k/dθ_G, whose second term is how D will answer. Otherwise
     ("rollback") θ_D^k is a constant, as if one trained a copy of D for k steps. D is not changed.
     saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
-    D is sure of itself: on pictures D soon is, and f freezes near 0.
+    D is sure of itself: on pictures, and between the modes of the ring, D soon is.
     """
     theta = unroll(D, x, x_fake, k, eta, exact)
     if saturating:
@@ -172,12 +172,12 @@ def train(run, args, data, k):
 
     for _ in run.steps(args.steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
                        rate_g=rate_g, rate_d=rate_d):
-        # G descends f(θ_G, θ_D^k(θ_G)); the gradient is asked for G alone, D stays untouched
+        # G descends its loss at θ_D^k(θ_G); the gradient is asked for G alone, D stays untouched
         for _ in range(args.g_steps):
             x = next(batches)
             x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
             loss_g = unrolled_loss_g(D, x, x_fake, k, args.eta, args.method == "exact",
-                                     args.saturating)
+                                     saturating=False)
             opt_g.zero_grad()
             loss_g.backward(inputs=tuple(G.parameters()))
             opt_g.step()

@@ -13,10 +13,10 @@ See      samples.png; scores.png: both scores and D's slope while training;
          truncation.png. On MNIST the FID is 11 for vanilla, 25 for sn, 10 for
          wgan-gp, 58 for wgan: where the plain GAN is stable, they help little.
 Differs  Adam at 3e-4 to 2e-3, falling to 0 in the second half; one step of D to
-         one of G; an average of G's weights is kept. The papers have rates up
-         to 2e-4, often five steps of D, and a penalty with the weight 10.
-         Grey pictures are scored by a small classifier of the data in place of
-         Inception, so their scores do not compare with published ones.
+         one of G; an average of G's weights is kept; the logit of sn is 8 D(x).
+         The papers have rates up to 2e-4, often five steps of D, and a penalty
+         of weight 10. Grey pictures are scored by a small classifier of the
+         data, not by Inception: no score here compares with published ones.
 Try      With --n-critic 5, which model loses the least? Predict, then run.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
@@ -43,6 +43,7 @@ SMALL = 1024                     # numbers in a picture up to which networks are
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 LAMBDA = 1.0                     # weight of the gradient penalty: Gulrajani 2017 has 10
+SN_SCALE = 8.0                   # sn: the logit is so many times what a D of slope <= 1 says
 CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
 N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
 TREND = 0.6                      # share of the trend that stays from one score to the next
@@ -290,7 +291,9 @@ class Model(NamedTuple):
 
 MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
-    "sn": Model(bce_d, nonsaturating_g, sn=True, lr=(3e-4, 2e-3), beta2=0.999),
+    "sn": Model(lambda real, fake: bce_d(SN_SCALE * real, SN_SCALE * fake),
+                lambda fake: nonsaturating_g(SN_SCALE * fake), sn=True, lr=(3e-4, 2e-3),
+                beta2=0.999),
     "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3),
                   lr_conv=(1e-3, 4e-3)),
     "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),

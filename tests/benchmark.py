@@ -71,7 +71,7 @@ def generator_steps():
 
                 def step():
                     loss = unrolled.unrolled_loss_g(D, x, G(z), k, setting["eta"], exact,
-                                                    setting["saturating"])
+                                                    saturating=False)
                     torch.autograd.grad(loss, tuple(G.parameters()))
                 spent = seconds(step)
                 first = first or spent

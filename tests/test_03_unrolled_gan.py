@@ -4,10 +4,13 @@ import copy
 import importlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from strategies import generator, normal, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
 Z = unrolled.POINTS["z_dim"]
+README = (Path(common.__file__).parent / "README.md").read_text()
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -89,6 +93,21 @@ def test_exact_gradient_is_the_finite_difference_through_all_steps(seed, k, eta,
     """Truncation eps² = 1e-12 and rounding EPS / eps = 2e-10, times derivatives up to 10."""
     got, expected = gradients(seed, k, eta, True, saturating)
     assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+@given(seeds(), st.integers(0, 3), st.floats(0.1, 1.0))
+def test_the_lines_of_the_readme_are_the_chapter(seed, k, eta):
+    """Both ask autograd for the same sums, in an order of their own."""
+    G, D = smooth_nets(seed)
+    x, z = normal(seed, 6, 2), normal(seed + 1, 6, 3)
+    lines, = re.findall(r"(?:^(?:    .*)?\n)+", README.partition("real from fake:")[2], re.MULTILINE)[:1]
+    exec(textwrap.dedent(lines), {"torch": torch, "value": unrolled.value, "G": G, "D": D, "x": x,
+                                  "z": z, "k": k, "eta": eta,
+                                  "opt_g": torch.optim.SGD(G.parameters(), 0.0)})
+    got = [p.grad for p in G.parameters()]
+    loss = unrolled.unrolled_loss_g(D, x, G(z), k, eta)
+    assert_close(got, list(torch.autograd.grad(loss, tuple(G.parameters()))), rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in D.parameters())
 
 
 @given(seeds(), st.integers(1, 5), st.floats(0.5, 1.0))
@@ -309,6 +328,21 @@ def test_steps_of_both_players_are_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_the_readme_shows_what_is_printed_and_the_same_numbers_twice(tmp_path, capsys):
+    shown = README.partition("The chapter ends with")[2].split("\n\n")[1]
+    unrolled.main(["--steps", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert printed[0].split() == shown.split("\n")[0].split()
+    table = README.partition("<b>03: the unrolled GAN</b>")[2]
+    for line, own in zip(shown.split("\n")[1:], printed[1:], strict=True):
+        label, modes, good, kl = line.split()
+        assert own.split()[0] == label
+        cells = re.search(rf"^\| {label.replace('=', ' = ')},.*", table, re.MULTILINE)[0].split(" | ")
+        assert cells[1:3] == [modes, f"{100 * float(good):.1f} %"]
+        assert float(cells[3].split()[0]) == pytest.approx(float(kl), rel=0.15)  # one digit
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("flags", [["--method", "rollback"], ["--eta", "0.2"]])
 def test_what_concerns_unrolling_changes_the_unrolled_gan_alone(tmp_path, straight, flags):
     other = run(tmp_path, *flags)
@@ -422,8 +456,8 @@ def test_a_small_folder_is_enough(tmp_path):
 def test_a_loss_that_explodes_names_itself_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     run(tmp_path)
     before = (tmp_path / "quick" / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(unrolled, "value", lambda D, theta, x, x_fake: x_fake.sum() * math.nan
-                        + sum(p.sum() for p in theta.values()))
+    monkeypatch.setattr(unrolled, "unrolled_loss_g",
+                        lambda D, x, x_fake, *_, saturating: x_fake.sum() * math.nan)
     one_line(capsys, lambda: run(tmp_path), "loss_g is nan at step 1", status=1)
     assert (tmp_path / "quick" / "checkpoint.pt").read_bytes() == before
 

@@ -804,7 +804,8 @@ def test_clipping_holds_the_slope_below_its_documented_bound():
 
 @pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("name, column", [
-    ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("wgan", {"after_d": lambda D: None}),
+    ("vanilla", {"sn": True}), ("sn", {"sn": False}), ("sn", {"d": gan.bce_d}),
+    ("sn", {"g": gan.nonsaturating_g}), ("wgan", {"after_d": lambda D: None}),
     ("wgan-sn", {"d": gan.bce_d}), ("wgan-sn", {"g": gan.nonsaturating_g}),
     ("wgan-gp", {"penalty": lambda D, x, x_fake: 0.0}), ("vanilla", {"lr": (1e-3, 2e-3)}),
     ("vanilla", {"beta2": 0.99})])
