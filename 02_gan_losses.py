@@ -230,6 +230,7 @@ def trunk(c, side, hidden, width):
     layers = []
     for i, o in pairwise([c, *widths]):
         layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
+        nn.init.kaiming_normal_(layers[-2].weight)  # torch's start is smaller, and D stays at 1/2
     return nn.Sequential(*layers, nn.Flatten()), widths[-1] * small ** 2
 
 
@@ -303,7 +304,7 @@ class Minimax:
     d, g = staticmethod(bce_d), staticmethod(minimax_g)  # losses, as functions of scores
     read = staticmethod(torch.sigmoid)                   # what a score says, from 0 to 1
     lr = 5e-4, 2e-3              # of D, of G
-    lr_conv = 4e-3, 4e-3         # where both are of convolutions
+    lr_conv = 2e-3, 2e-3         # where both are of convolutions
     d_steps = 1
     eps = 1e-8                   # G's Adam divides by √(mean g²) + eps
     share = 1.0                  # of --steps
@@ -359,7 +360,6 @@ class Nonsaturating(Minimax):
 class LSGAN(Minimax):
     """lsgan: squared distances of the scores to 1 and 0 (Mao et al. 2017)."""
     d, g, read = staticmethod(lsgan_d), staticmethod(lsgan_g), nn.Identity()
-    lr_conv = 2e-3, 2e-3         # at 4e-3 the squares blow up
 
 
 class WGAN(Minimax):
@@ -373,7 +373,7 @@ class WGAN(Minimax):
 
 class WGANGP(WGAN):
     """wgan-gp: a penalty holds the slope of D near 1 instead (Gulrajani et al. 2017)."""
-    lr, lr_conv = (1e-3, 2e-3), (2e-3, 2e-3)
+    lr, lr_conv = (1e-3, 2e-3), Minimax.lr_conv
     after_d = Minimax.after_d    # no clipping
 
     def loss_d(self, D, x, x_fake, y):
@@ -842,7 +842,8 @@ def parse_args(argv=None):
     g.add_argument("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
                    default=[n for n in METHODS if n.startswith(("minimax", "nonsat", "lsgan"))],
                    help=f"{', '.join(METHODS)}, or all")
-    g.add_argument("--steps", type=common.number(int, 1), default=2500, help="steps of G")
+    g.add_argument("--steps", type=common.number(int, 1), default=2500, help="steps of G; "
+                   "infogan makes 1.25 times as many, began 2 times, -ahead 0.2 times")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("networks")
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")

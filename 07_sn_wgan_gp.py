@@ -38,7 +38,7 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 import common
 
 LR = 5e-4, 2e-3                  # Adam's rates at the start, of D and of G
-LR_CONV = 4e-3, 4e-3             # where both are of convolutions
+LR_CONV = 2e-3, 2e-3             # where both are of convolutions
 SMALL = 1024                     # numbers in a picture up to which networks are fully connected
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
@@ -260,6 +260,7 @@ def discriminator(c, side, sn):
         sizes, layers = [widths[-1] * small ** 2], []
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), activation]
+            nn.init.kaiming_normal_(layers[-2].weight)  # torch's start is smaller: D stays at 1/2
         layers.append(nn.Flatten())
     layers += [nn.Linear(sizes[-1], 1), nn.Flatten(0)]
     for layer in layers:
@@ -295,7 +296,7 @@ MODELS = {
                 lambda fake: nonsaturating_g(SN_SCALE * fake), sn=True, lr=(3e-4, 2e-3),
                 beta2=0.999),
     "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3),
-                  lr_conv=(1e-3, 4e-3)),
+                  lr_conv=(1e-3, 2e-3)),
     "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
     "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
                      LAMBDA * gradient_penalty(D, x, x_fake), lr=(1e-3, 2e-3)),
@@ -449,11 +450,11 @@ class Ruler(NamedTuple):
         """Scores of G while it trains; none by Inception, which would take minutes each time."""
         return self.score(generate(G, z)) if self.own else {}
 
-    def calibration(self, images, seed):
-        """Measures of pictures that need no judge: real ones, and noise."""
+    def calibration(self, images, seed, n=N_SAMPLES):
+        """Measures of n pictures that need no judge: real ones, and noise."""
         rng = torch.Generator().manual_seed(seed)
-        noise = torch.randint(256, self.real.shape, dtype=torch.uint8, generator=rng)
-        real = measure(self, self.real, images)
+        noise = torch.randint(256, self.real[:n].shape, dtype=torch.uint8, generator=rng)
+        real = measure(self, self.real[:n], images)
         if len(images.x) < 2 * N_SAMPLES:
             del real["distance"]  # they would be compared with themselves
         return {"real training pictures": real,
@@ -584,9 +585,10 @@ def score_files(args, images, ruler):
             paths[common.relative(path)] = path_measure(ruler.net, x)
         else:
             print(f"left out: {path} holds {x.dtype} {list(x.shape)}; wanted are {d + 1} or more "
-                  f"pictures, torch.uint8 {shape}")
+                  f"pictures, torch.uint8 {shape}; of floats in [-1, 1] make them by "
+                  "((x + 1) * 127.5).round().to(torch.uint8)")
     if not measured and not paths:
-        common.fail("no file is left to score: are they of this data set? (see --data)")
+        common.fail("no file is left to score: each must hold pictures like those of --data")
     if paths:
         x = images.x[:1001]
         mixed = ((x[:-1].float() + x[1:]) / 2).to(torch.uint8)
@@ -599,7 +601,8 @@ def score_files(args, images, ruler):
     measured = dict(sorted(measured.items(), key=lambda item: item[1]["FID"]))
     draw_samples(args.out / "scored.png", images, measured, f"{ruler.name} scores, {images.name}")
     print_measures(f"{images.name} (compare rows of equal n)", ruler, measured
-                   | ruler.calibration(images, args.seed), ["n", "FID", "IS", "KL", "distance"])
+                   | ruler.calibration(images, args.seed, max(m["n"] for m in measured.values())),
+                   ["n", "FID", "IS", "KL", "distance"])
 
 
 # --- figures -----------------------------------------------------------------------------------

@@ -2186,7 +2186,7 @@ def answer():
     """What the reader answers: "holds", "refuted", "" to skip, or None at the end of input."""
     words = {"h": "holds", "holds": "holds", "r": "refuted", "refuted": "refuted", "": ""}
     while True:
-        print("holds or refuted? (h/r)", flush=True)
+        print("holds or refuted? (h/r; Ctrl-D ends)", flush=True)
         try:
             line = input().strip().lower()
         except (EOFError, RuntimeError):  # the input has ended, or was closed from the start
@@ -2208,6 +2208,7 @@ def predict(names, seed):
         if guess:
             asked += 1
             right += guess == CLAIMS[name].verdict
+            print("right" if guess == CLAIMS[name].verdict else "no")
             common.print_table(["claim", "expected", "measured", "verdict"],
                                [checked(name, [seed])[0]])
     print(f"\nyou were right on {right} of {asked}")

@@ -111,7 +111,8 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
     g.add_argument("--out", type=Path, default=Path("out") / script, help="where results go")
     g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0,
                    help="same seed, same CPU: same numbers")
-    g.add_argument("--quick", action="store_true", help="seconds instead of minutes, same code")
+    g.add_argument("--quick", action="store_true", help="seconds instead of minutes: the same code, "
+                   "few steps, drawn digits if no --data is given")
     p.set_defaults(script=script)
     return p
 
@@ -266,7 +267,7 @@ class Run:
                 write_log(self.args.out / "log.csv", self.rows)
                 self.save()
             if stop:
-                fail(f"stopped at step {self.step}; --resume goes on from here", status=130)
+                fail(f"stopped at step {self.step}; the same command with --resume goes on", status=130)
         self.training = False
         share_state(parts)
 
@@ -327,7 +328,8 @@ class Run:
         first = not self.shots
         self.shots.setdefault(self.name, {})[self.step] = to_uint8(x).cpu()
         save_process(self.args.out / "process.png", self.shots,
-                     f"{self.args.script} on {self.args.data}, seed {self.args.seed}", tell=first)
+                     f"chapter {self.args.script[:2]} on {Path(self.args.data).name}, "
+                     f"seed {self.args.seed}", tell=first)
 
 
 @contextlib.contextmanager
@@ -1028,12 +1030,12 @@ def draw_points(ax, points, centres, reach, levels=None):
     """Points [N, 2] over the centres of a mixture, in the square of +-reach.
 
     `levels` [M, M] (optional): probabilities on an M x M grid over that square, drawn as level
-    lines every 0.05, from red (0) to blue (1).
+    lines every 0.05, from red (0.35 and less) over white (1/2) to blue (0.65 and more).
     """
     if levels is not None:
         line = torch.linspace(-reach, reach, len(levels)).numpy()
         steps = torch.linspace(0, 1, 21).numpy()
-        ax.contourf(line, line, levels.numpy(), steps, cmap="RdBu", alpha=0.5)
+        ax.contourf(line, line, levels.numpy(), steps, cmap="RdBu", vmin=0.35, vmax=0.65, alpha=0.7)
         ax.contour(line, line, levels.numpy(), steps, colors="grey", linewidths=0.3)
     ax.scatter(*centres.T.numpy(), s=70, facecolors="none", edgecolors="black", linewidths=0.6)
     ax.scatter(*points.T.numpy(), s=2, color="black", linewidths=0)
@@ -1074,17 +1076,18 @@ def save_process(path, shots, title, tell=True):
     cells = [(name, step, make_grid(x, nrow=math.isqrt(len(x)), padding=1, pad_value=128), i, j)
              for i, (name, row) in enumerate(shots.items())
              for j, (step, x) in enumerate(row.items())]
-    columns = max(map(len, shots.values()))
-    height, width = cells[0][2].shape[1] + 44, cells[0][2].shape[2] + 20
+    columns = max(3, *map(len, shots.values()))  # three, for the title has to fit
+    above = cells[0][2].shape[2] // 4  # room for two lines of text
+    height, width = cells[0][2].shape[1] + above, round(1.1 * cells[0][2].shape[2])
     inches = 1.8 * len(shots) * height / width
     fig = Figure(figsize=(1.8 * columns, inches + 0.4))
-    fig.suptitle(title)
-    ax = fig.add_axes((0, 0, 1, inches / (inches + 0.4)))  # left, bottom, width, height
+    fig.suptitle(title, fontsize=10, wrap=True)
+    ax = fig.add_axes((0.01, 0, 0.98, inches / (inches + 0.4)))  # left, bottom, width, height
     whole = torch.full((3, height * len(shots), width * columns), 255, dtype=torch.uint8)
     for name, step, grid, i, j in cells:
-        top, left = i * height + 44, j * width
+        top, left = i * height + above, j * width
         whole[:, top:top + grid.shape[1], left:left + grid.shape[2]] = grid
-        ax.text(left, top - 6, f"{name if j == 0 else ''}\nstep {step:,}", fontsize=9)
+        ax.text(left, top - above / 8, f"{name if j == 0 else ''}\nstep {step:,}", fontsize=9)
     ax.imshow(whole.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.axis("off")
     save_figure(fig, path, tell)
@@ -1100,7 +1103,7 @@ def plot_curves(path, log, columns, title="", marks={}):
         for model in dict.fromkeys(row["model"] for row in log):
             mine = [row for row in log if row["model"] == model and column in row]
             ax.plot([row["step"] for row in mine], [row[column] for row in mine], label=model,
-                    linewidth=1)
+                    linewidth=1, marker="." if len(mine) < 3 else "")
         if column in marks:
             ax.axhline(marks[column], color="black", linestyle=":", linewidth=1)
         ax.set(xlabel="step")
@@ -1125,7 +1128,8 @@ def save_animation(figures, path):
         fig.subplots_adjust(left=0.02, bottom=0.02, right=0.98, top=0.84, wspace=0.05)
         file = io.BytesIO()
         fig.savefig(file, dpi=80, format="png")
-        frames.append(Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
+        # 64 colours, as far apart as they are: a rare blue stays blue among many greys
+        frames.append(Image.open(file).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE))
     write_whole(path, lambda file: frames[0].save(
         file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
         duration=[200] * (len(frames) - 1) + [2000]))  # milliseconds

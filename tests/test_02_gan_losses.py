@@ -110,6 +110,14 @@ def test_scores_losses_are_their_formulas(seed, n):
                      atol=8 * n * EPS * (1 + max(map(abs, r + f))) ** 2)
 
 
+def test_losses_of_a_d_that_is_sure_are_finite_and_exact():
+    """log σ(-1000) is -1000; by way of σ, which is 0 there, it would be -inf."""
+    sure = torch.tensor([1000.0])
+    assert losses.nonsaturating_g(-sure).item() == 1000 and losses.nonsaturating_g(sure).item() == 0
+    assert losses.minimax_g(sure).item() == -1000 and losses.minimax_g(-sure).item() == 0
+    assert losses.bce_d(-sure, sure).item() == 2000 and losses.bce_d(sure, -sure).item() == 0
+
+
 @given(st.floats(0, 5), st.floats(0, 5), st.floats(0, 1))
 def test_began_has_converged_when_data_is_coded_and_the_balance_is_met(real, fake, gamma):
     measure = losses.began_convergence(*torch.tensor([[real], [fake]], dtype=torch.float64), gamma)
@@ -382,16 +390,16 @@ def test_fingerprints_know_their_losses(a):
     """A D without weights, one with two sigmoids, a perfect one: computed, then recognised."""
     half, sure = torch.zeros(4), torch.full((4,), 30.0)
     d, g = losses.bce_d(half, half), losses.nonsaturating_g(half)
-    assert "1/2" in losses.fingerprint(d.item(), g.item())
+    assert "1/2" in str(losses.fingerprint(d.item(), g.item()))
     twice = [torch.sigmoid(s) for s in (sure, -sure)]
     d, g = losses.bce_d(*twice), losses.nonsaturating_g(twice[1])
     assert f"{d:.4f} {g:.4f}" == "1.0064 0.6931"
-    assert "twice" in losses.fingerprint(d.item(), g.item())
+    assert "twice" in str(losses.fingerprint(d.item(), g.item()))
     smooth = torch.full((4,), math.log(9.0))  # σ = 0.9
     d, g = losses.bce_d(smooth, -sure, 0.9), losses.nonsaturating_g(-sure)
-    assert "entropy" in losses.fingerprint(d.item(), g.item(), 0.9)
+    assert "entropy" in str(losses.fingerprint(d.item(), g.item(), 0.9))
     d, g = losses.bce_d(sure, -sure), losses.minimax_g(-sure)
-    assert "no gradient" in losses.fingerprint(d.item(), g.item())
+    assert "no gradient" in str(losses.fingerprint(d.item(), g.item()))
     assert losses.fingerprint(1.0 + 0.1, 1.5 + abs(a)) is None
 
 
