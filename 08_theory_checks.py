@@ -2173,6 +2173,11 @@ def statement(check):
     return " ".join(check.__doc__.strip().split("\n\n")[0].split())
 
 
+def reason(check):
+    """The second paragraph, on lines of 80 characters."""
+    return textwrap.fill(" ".join(check.__doc__.strip().split("\n\n")[1].split()), 80)
+
+
 def checked(name, seeds):
     """The table's row of a claim, and whether the evidence confirms its verdict for all seeds."""
     (expected, measured, _), confirmed = run(name, seeds)
@@ -2208,7 +2213,8 @@ def predict(names, seed):
         if guess:
             asked += 1
             right += guess == CLAIMS[name].verdict
-            print("right" if guess == CLAIMS[name].verdict else "no")
+            print(f"{'right' if guess == CLAIMS[name].verdict else 'no'}\n"
+                  f"{reason(CLAIMS[name].check)}")
             common.print_table(["claim", "expected", "measured", "verdict"],
                                [checked(name, [seed])[0]])
     print(f"\nyou were right on {right} of {asked}")
@@ -2244,6 +2250,13 @@ def check_and_print(names, seeds):
     return unexpected
 
 
+def print_reasons(names):
+    """What each claim states, and why it holds or does not."""
+    for name in names:
+        check = CLAIMS[name].check
+        print(f"{name}: {statement(check)}\n{reason(check)}\n")
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.list:
@@ -2257,7 +2270,9 @@ def main(argv=None):
         return
     with common.Run(args):
         unexpected = check_and_print(names, seeds)
-        if not args.only:
+        if args.only:
+            print_reasons(names)
+        else:
             for name, how in FIGURES.items():
                 save_figure(args.out / f"{name}.png", *how)
         if unexpected:

@@ -200,7 +200,8 @@ def test_a_row_needs_exactly_what_it_expects(monkeypatch):
 def test_only_and_list(tmp_path, capsys):
     theory.main(["--only", "double-sigmoid", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "1.0064, 0.6931" in out and "saturation" not in out
+    assert "1.0064, 0.6931" in out and "saturation-high" not in out
+    assert " ".join(theory.double_sigmoid.__doc__.split()) in " ".join(out.split())
     assert theory.TOPICS["GANs"] in " ".join(out.split())
     assert theory.TOPICS["losses"][:40] not in " ".join(out.split())
     assert [file.name for file in tmp_path.iterdir()] in ([], [".lock"])  # no pictures
