@@ -655,7 +655,8 @@ def truncation(args, images, ruler, label, weights):
     rng, measured = torch.Generator().manual_seed(args.seed), {}
     for limit in LIMITS:
         z = truncated_normal(args.n_samples // 2, args.z_dim, limit, rng).to(images.x.device)
-        measured[f"|z| < {limit:g}"] = measure(ruler, generate(G, z), images)
+        measured[f"|z| < {limit:g}" if limit < math.inf else "any z"] = measure(
+            ruler, generate(G, z), images)
     draw_samples(args.out / "truncation.png", images, measured, f"{label} on {images.name}, seed "
                  f"{args.seed}, {args.n_samples // 2:,} samples for each limit of |z|")
     print_measures(f"{label}, truncated z", ruler, measured, ["n", "FID", "IS", "KL", "distance"])

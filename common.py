@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -1104,6 +1105,8 @@ def plot_curves(path, log, columns, title="", marks={}):
             mine = [row for row in log if row["model"] == model and column in row]
             ax.plot([row["step"] for row in mine], [row[column] for row in mine], label=model,
                     linewidth=1, marker="." if len(mine) < 3 else "")
+        if all(isinstance(row.get(column, 0), int) for row in log):
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         if column in marks:
             ax.axhline(marks[column], color="black", linestyle=":", linewidth=1)
         ax.set(xlabel="step")
