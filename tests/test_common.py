@@ -28,6 +28,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from torchvision.transforms.functional import pil_to_tensor
 
 import common
 from harness import killed_after, one_line, rejected
@@ -936,3 +937,22 @@ def test_numbers_of_flags_have_bounds(kind, bounds, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
             parse(text)
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+def test_an_animation_keeps_rare_colours(tmp_path):
+    """Grey steps fill the picture and a pale blue and red have a corner each, as D's answer may."""
+    frames = []
+    for _ in range(2):
+        fig, ((ax,),) = common.figure(1, 1, 2, 2)
+        x = torch.linspace(0, 1, 64).repeat(64, 1)[..., None].repeat(1, 1, 3)
+        x[:6, :6], x[-6:, -6:] = torch.tensor([0.85, 0.9, 1.0]), torch.tensor([1.0, 0.9, 0.85])
+        ax.imshow(x.numpy())
+        ax.axis("off")
+        frames.append(fig)
+    common.save_animation(frames, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        shown = pil_to_tensor(gif.convert("RGB")).flatten(1).T.float()
+    assert ((shown - torch.tensor([217.0, 230, 255])).abs().amax(dim=1) < 12).sum() > 50
+    assert ((shown - torch.tensor([255.0, 230, 217])).abs().amax(dim=1) < 12).sum() > 50
