@@ -304,7 +304,6 @@ class Minimax:
     d, g = staticmethod(bce_d), staticmethod(minimax_g)  # losses, as functions of scores
     read = staticmethod(torch.sigmoid)                   # what a score says, from 0 to 1
     lr = 5e-4, 2e-3              # of D, of G
-    lr_conv = 2e-3, 2e-3         # where both are of convolutions
     d_steps = 1
     eps = 1e-8                   # G's Adam divides by √(mean g²) + eps
     share = 1.0                  # of --steps
@@ -365,7 +364,7 @@ class LSGAN(Minimax):
 class WGAN(Minimax):
     """wgan: D estimates a distance; clipping its weights bounds its slope (Arjovsky 2017)."""
     d, g, read = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
-    lr, lr_conv = (1e-3, 1e-3), (1e-3, 2e-3)
+    lr = 1e-3, 1e-3
 
     def after_d(self, D):
         clip(D, CLIP)
@@ -373,7 +372,7 @@ class WGAN(Minimax):
 
 class WGANGP(WGAN):
     """wgan-gp: a penalty holds the slope of D near 1 instead (Gulrajani et al. 2017)."""
-    lr, lr_conv = (1e-3, 2e-3), Minimax.lr_conv
+    lr = 1e-3, 2e-3
     after_d = Minimax.after_d    # no clipping
 
     def loss_d(self, D, x, x_fake, y):
@@ -454,7 +453,7 @@ class EBGAN(Minimax):
     """
     d, g = staticmethod(lambda real, fake: ebgan_d(real, fake, MARGIN)), staticmethod(torch.mean)
     read = nn.Identity()
-    lr = lr_conv = 2e-3, 2e-3    # with a slower D some z stay grey, which pull_away pays for
+    lr = 2e-3, 2e-3              # with a slower D some z stay grey, which pull_away pays for
     code = 64                    # length of the autoencoder's code
 
     def nets(self, c, side):
@@ -472,7 +471,7 @@ class BEGAN(EBGAN):
     Not in the paper: pull_away. The digit 1 is the easiest to redraw, and without a push G would
     draw little else. Its weight falls to 0, because at the end it tears digits.
     """
-    lr = lr_conv = 1e-3, 1e-3
+    lr = 1e-3, 1e-3
     code = 16                    # with 64 the autoencoder copies bad pictures too
     share = 2.0
 
@@ -493,7 +492,7 @@ class Ahead:
     Adam divides a gradient by its own size, so that even 1e-6 gives a full step, which hides that
     the minimax G has no slope. With a larger eps a small gradient is a small step.
     """
-    lr = lr_conv = 2e-3, 4e-3
+    lr = 2e-3, 4e-3
     d_steps = 3
     eps = 3e-3
     share = 0.2
@@ -617,9 +616,8 @@ def train(run, args, method, images):
     G, D = break_it(args.breaks, method, *method.nets(c, side), c)
     G, D = G.to(run.device), D.to(run.device)
     average = common.average_of(G, steps)
-    # the methods' rates are for 28 pixels: at 64, with two layers more, 4e-3 diverges in 200 steps
-    rates = method.lr_conv if kind_of_nets(args, c, side) == "conv" else method.lr
-    lr_d, lr_g = (lr * min(1.0, (28 / side) ** 2) for lr in rates)
+    lr_d, lr_g = method.lr
+    lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d or lr_d, ADAM_BETAS, fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g or lr_g, ADAM_BETAS, method.eps, fused=True)
     rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("linear", opt_g, steps)

@@ -38,7 +38,6 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 import common
 
 LR = 5e-4, 2e-3                  # Adam's rates at the start, of D and of G
-LR_CONV = 2e-3, 2e-3             # where both are of convolutions
 SMALL = 1024                     # numbers in a picture up to which networks are fully connected
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
@@ -277,7 +276,6 @@ class Model(NamedTuple):
     after_d: Callable = lambda D: None            # done to D after each of its steps
     sn: bool = False             # D with spectral norm
     lr: tuple = LR               # of D, of G
-    lr_conv: tuple = LR_CONV
     beta2: float = 0.9           # of Adam; beta1 is 0
 
     def loss_d(self, D, x, x_fake):
@@ -295,8 +293,7 @@ MODELS = {
     "sn": Model(lambda real, fake: bce_d(SN_SCALE * real, SN_SCALE * fake),
                 lambda fake: nonsaturating_g(SN_SCALE * fake), sn=True, lr=(3e-4, 2e-3),
                 beta2=0.999),
-    "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3),
-                  lr_conv=(1e-3, 2e-3)),
+    "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3)),
     "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
     "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
                      LAMBDA * gradient_penalty(D, x, x_fake), lr=(1e-3, 2e-3)),
@@ -349,10 +346,10 @@ def train(run, args, model, n_critic, images, ruler):
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
     G = generator(args.z_dim, c, side).to(run.device)
     D = discriminator(c, side, model.sn).to(run.device)
-    lower = min(1.0, (28 / side) ** 2)  # the rates are for 28 pixels: at 64, training diverges
-    rates = model.lr if c * side ** 2 <= SMALL else model.lr_conv
-    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr * lower, (0.0, model.beta2), fused=True)
-                    for net, lr in zip((D, G), rates))
+    lr_d, lr_g = model.lr
+    lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
+    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr, (0.0, model.beta2), fused=True)
+                    for net, lr in ((D, lr_d), (G, lr_g)))
     rate_d, rate_g = (common.fading(opt, steps) for opt in (opt_d, opt_g))
     average = common.average_of(G, steps)
     batches = run.batches(images, args.batch)

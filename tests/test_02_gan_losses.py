@@ -647,16 +647,13 @@ def test_every_change_that_a_method_makes_reaches_the_training(tmp_path, digits_
 
 
 @pytest.mark.usefixtures("no_checkpoints")
-@pytest.mark.parametrize("nets, used, unused", [
-    (["--nets", "conv", "--width-g", "4", "--width-d", "4"], "lr_conv", "lr"),
-    (["--nets", "fc"], "lr", "lr_conv"), ([], "lr", "lr_conv")])
-def test_convolutions_have_their_own_rates(tmp_path, digits_dir, monkeypatch, nets, used, unused):
-    flags = ["--loss", "lsgan", "--steps", "2", *nets]
-    plain = run(tmp_path / "plain", digits_dir, *flags)
-    monkeypatch.setattr(losses.LSGAN, unused, (1e-4, 1e-4))
-    assert same(run(tmp_path / "unused", digits_dir, *flags), plain)
-    monkeypatch.setattr(losses.LSGAN, used, (1e-4, 1e-4))
-    assert not same(run(tmp_path / "used", digits_dir, *flags), plain)
+def test_the_rate_of_g_falls_with_the_side(tmp_path, monkeypatch):
+    rates, begin = [], torch.optim.Adam.__init__
+    monkeypatch.setattr(torch.optim.Adam, "__init__", lambda opt, params, lr, *args, **more: (
+        rates.append(lr), begin(opt, params, lr, *args, **more))[1])
+    losses.main(["--data", folder_of_pictures(tmp_path / "p", 12, 56), "--size", "56", "--steps",
+                 "2", "--batch", "4", "--loss", "wgan-gp", "--out", str(tmp_path / "out")])
+    assert rates == pytest.approx([1e-3, 2e-3 / 4])  # 56 is twice 28
 
 
 @pytest.mark.usefixtures("no_checkpoints")
