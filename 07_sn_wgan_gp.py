@@ -10,8 +10,8 @@ Idea     W1(p, q) = max of E_p D - E_q D over all D of slope <= 1  -> wgan_d()
          IS = exp E KL(p(y|x) ‖ p(y)) for classes y        -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)      -> frechet_distance()
 See      samples.png; scores.png: both scores and D's slope while training;
-         truncation.png. On MNIST the FID is 11 for vanilla, 25 for sn, 10 for
-         wgan-gp, 58 for wgan: where the plain GAN is stable, they help little.
+         truncation.png. On MNIST the FID is 11 for vanilla, 15 for sn, 11 for
+         wgan-gp, 59 for wgan: where the plain GAN is stable, they help little.
 Differs  Adam at 3e-4 to 2e-3, falling to 0 in the second half; one step of D to
          one of G; an average of G's weights is kept; the logit of sn is 8 D(x).
          The papers have rates up to 2e-4, often five steps of D, and a penalty

@@ -339,7 +339,8 @@ def test_the_readme_shows_what_is_printed_and_the_same_numbers_twice(tmp_path, c
         assert own.split()[0] == label
         cells = re.search(rf"^\| {label.replace('=', ' = ')},.*", table, re.MULTILINE)[0].split(" | ")
         assert cells[1:3] == [modes, f"{100 * float(good):.1f} %"]
-        assert float(cells[3].split()[0]) == pytest.approx(float(kl), rel=0.15)  # one digit
+        told = cells[3].split()[0]  # one digit, or "-" if no mode is reached
+        assert told == kl or float(told) == pytest.approx(float(kl), rel=0.15)
 
 
 @pytest.mark.usefixtures("no_checkpoints")
