@@ -1052,7 +1052,8 @@ def test_colour_is_scored_when_the_weights_are_there(tmp_path, capsys, monkeypat
         noise if train else noise[:99], None, "faces"))
     monkeypatch.setattr(gan, "parse_args", lambda argv, parse=gan.parse_args: set_samples(
         parse(argv), 2049))
-    gan.main(["--steps", "2", "--batch", "4", "--models", "sn", "--out", str(tmp_path)])
+    gan.main(["--data", "cifar10", "--steps", "2", "--batch", "4", "--models", "sn", "--out",
+              str(tmp_path)])
     shown = capsys.readouterr().out
     assert "Inception FID" in shown and "real training pictures" in shown
     assert "truncated" not in shown

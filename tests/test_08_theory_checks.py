@@ -118,8 +118,15 @@ def test_there_are_eight_figures():
 
 def shaky(*evidence):
     """A check that returns these, one after the other; what was measured is their place."""
-    outcomes = [("expected", str(place), value) for place, value in enumerate(evidence)]
-    return iter(outcomes).__next__
+    outcomes = iter([("expected", str(place), value) for place, value in enumerate(evidence)])
+
+    def check():
+        """What it states.
+
+        Why.
+        """
+        return next(outcomes)
+    return check
 
 
 NOT_TRUE = [False, math.nan, None, 1.0, torch.tensor(math.nan), np.float64("nan")]
