@@ -209,10 +209,7 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     else:
         layers += [nn.Linear(hidden[-1], c * side ** 2), nn.Unflatten(1, (c, side, side)),
                    nn.Tanh()]
-    for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+    common.normal_start(layers)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 

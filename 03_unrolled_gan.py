@@ -2,7 +2,7 @@ r"""03 - Unrolled GAN: let G see how D will answer.
 
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
 Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))); D returns logits
-         and climbs f, G descends it                               -> value()
+         and climbs f, which G wants to be low                     -> value()
 Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j) -> unroll()
          G descends f(θ_G, θ_D^k(θ_G)), then D one step -> unrolled_loss_g()
          k = 0 is the plain GAN, which may draw one mode (cluster) alone: mode
@@ -11,10 +11,9 @@ See      process.png, process.gif: the training, k = 0 beside k = 5. Printed:
          modes, how many of the ring's 8 G reaches, and good, the share of
          samples within 3 standard deviations of one. k = 5 reaches 8, 96 to
          97 % are good (data: 98.9 %); k = 0 reaches one, if any.
-Differs  G descends the non-saturating loss, -E log σ(D(G(z))), at the same
-         θ_D^k. Plain gradient steps inside the unrolling, Adam outside, at
-         rates that fall to 0 at the end. D has one hidden layer. On pictures
-         an average of G's weights is kept.
+Differs  At θ_D^k, G descends -E log σ(D(G(z))), the non-saturating loss. Plain
+         steps inside the unrolling; Adam outside, at rates that fall to 0. D
+         has one hidden layer. On pictures G's weights are averaged.
 Try      With --method rollback the gradient does not pass through D's answer.
          Will the ring still be covered? Predict, then run.
 Run      python 03_unrolled_gan.py
@@ -147,10 +146,7 @@ def image_nets(d_z, c, h, w):
         nn.Linear(c * h * w, 512), nn.LeakyReLU(0.2),
         nn.Linear(512, 512), nn.LeakyReLU(0.2),
         nn.Linear(512, 1), nn.Flatten(0))                                    # [B]
-    for layer in [*G, *D]:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+    common.normal_start([*G, *D])
     return G.to(memory_format=torch.channels_last), D  # faster on the CPU
 
 
@@ -216,7 +212,7 @@ def generate(G, z):
 
 class Points:
     """The ring of 8 or the grid of 25 Gaussians in the plane: data, networks, measures."""
-    legend = ("dots: samples; circles: modes; D says blue: real, white: 1/2, red: fake\n"
+    legend = ("dots: samples; circles: modes; D says blue: real, white: 1/2, red: fake",
               "good: share of samples within 3 standard deviations of a mode")
 
     def __init__(self, run, args):
@@ -256,8 +252,8 @@ class Pictures:
 
     def __init__(self, run, args):
         self.args, self.images = args, common.load_images(args, run.device)
-        self.legend = ("classes: how many occur among the nearest training pictures of the samples"
-                       if self.images.y is not None else "")
+        self.legend = [] if self.images.y is None else [
+            "classes: how many occur among the nearest training pictures of the samples"]
         self.name, self.examples = self.images.name, self.images.x[:36]
         h, w = self.images.x.shape[2:]
         if h % 4 or w % 4:
@@ -339,7 +335,8 @@ def draw_process(args, data, shots):
         cells += [(caption(shot), data.draw(**tensors(shot)))
                   for shot in (by_step[step] for step in shown if step in by_step)]
         rows.append((name, cells))
-    common.save_panels(args.out / "process.png", rows, f"{title_of(args, data)}\n{data.legend}".strip(),
+    title = "\n".join([title_of(args, data), *data.legend])
+    common.save_panels(args.out / "process.png", rows, title,
                        tell=len(shots) == 1 and len(rows[0][1]) == 2)
 
 

@@ -172,10 +172,7 @@ def generator(d_z, c, side):
     for wide, narrow in pairwise([*widths[::-1], c]):
         layers += [nn.BatchNorm2d(wide), nn.ReLU(),
                    nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
-    for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+    common.normal_start(layers)
     # channels_last: draws faster on the CPU
     return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)
 

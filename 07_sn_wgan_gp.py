@@ -234,10 +234,7 @@ def generator(d_z, c, side):
         layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
                    nn.BatchNorm2d(o), nn.ReLU()]
     layers[-2:] = [nn.Tanh()]  # the last map is the picture
-    for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+    common.normal_start(layers)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 

@@ -112,8 +112,8 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
     g.add_argument("--out", type=Path, default=Path("out") / script, help="where results go")
     g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0,
                    help="same seed, same CPU: same numbers")
-    g.add_argument("--quick", action="store_true", help="seconds instead of minutes: the same code, "
-                   "few steps, drawn digits if no --data is given")
+    g.add_argument("--quick", action="store_true", help="seconds instead of minutes: the same "
+                   "code, few steps, drawn digits if no --data is given")
     p.set_defaults(script=script)
     return p
 
@@ -268,7 +268,8 @@ class Run:
                 write_log(self.args.out / "log.csv", self.rows)
                 self.save()
             if stop:
-                fail(f"stopped at step {self.step}; the same command with --resume goes on", status=130)
+                fail(f"stopped at step {self.step}; the same command with --resume goes on",
+                     status=130)
         self.training = False
         share_state(parts)
 
@@ -385,6 +386,15 @@ def pick_device(name):
 def fading(opt, steps):
     """A schedule for a rate: constant for half of the steps, then in a straight line to 0."""
     return LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps))
+
+
+def normal_start(layers):
+    """Normal weights of 0.02 and biases of 0, as in DCGAN (Radford et al. 2015), where a layer is
+    linear or a transposed convolution."""
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
 
 def average_of(net, steps):

@@ -100,7 +100,8 @@ def test_the_lines_of_the_readme_are_the_chapter(seed, k, eta):
     """Both ask autograd for the same sums, in an order of their own."""
     G, D = smooth_nets(seed)
     x, z = normal(seed, 6, 2), normal(seed + 1, 6, 3)
-    lines, = re.findall(r"(?:^(?:    .*)?\n)+", README.partition("real from fake:")[2], re.MULTILINE)[:1]
+    after = README.partition("real from fake:")[2]
+    lines = re.search(r"(?:^(?:    .*)?\n)+", after, re.MULTILINE)[0]
     exec(textwrap.dedent(lines), {"torch": torch, "value": unrolled.value, "G": G, "D": D, "x": x,
                                   "z": z, "k": k, "eta": eta,
                                   "opt_g": torch.optim.SGD(G.parameters(), 0.0)})
@@ -337,7 +338,8 @@ def test_the_readme_shows_what_is_printed_and_the_same_numbers_twice(tmp_path, c
     for line, own in zip(shown.split("\n")[1:], printed[1:], strict=True):
         label, modes, good, kl = line.split()
         assert own.split()[0] == label
-        cells = re.search(rf"^\| {label.replace('=', ' = ')},.*", table, re.MULTILINE)[0].split(" | ")
+        row = re.search(rf"^\| {label.replace('=', ' = ')},.*", table, re.MULTILINE)[0]
+        cells = row.split(" | ")
         assert cells[1:3] == [modes, f"{100 * float(good):.1f} %"]
         told = cells[3].split()[0]  # one digit, or "-" if no mode is reached
         assert told == kl or float(told) == pytest.approx(float(kl), rel=0.15)
