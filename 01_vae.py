@@ -1,27 +1,29 @@
 r"""01 - VAE: a bound on log p(x) that a pair of networks can climb.
 
-Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda et al. 2015,
-         arXiv:1509.00519; the second loss is that of a university course.
-Idea     An encoder turns a picture x into a normal distribution q(z|x) over
-         codes z, with mean mu and variance exp(logvar); a decoder gives p(x|z).
+Papers   Kingma, Welling 2013, arXiv:1312.6114; Burda 2015, arXiv:1509.00519
+Idea     An encoder turns a picture x into a normal distribution q(z|x) of code
+         z: independent coordinates, with means mu and variances exp(logvar). A
+         decoder gives p(x|z), a distribution of pictures.
          z = mu + exp(logvar / 2) u, u ~ N(0, I): a draw  -> reparameterise()
          KL(q ‖ N(0, I)) = ½ Σ (exp(logvar) + mu² - 1 - logvar)
                                                          -> kl_standard_normal()
-         p(x) = ∫ p(x|z) p(z) dz, p(z) = N(0, I), has the evidence lower bound
+         p(x) = ∫ p(x|z) p(z) dz, p(z) = N(0, I). Its log has the lower bound
          ELBO = E_q log p(x|z) - KL = log p(x) - KL(q ‖ p(z|x))
                                                               -> negative_elbo()
-         For Gaussian pixels: the course's -2 ELBO + constant     -> vae_loss()
-         With k draws of z the bound comes nearer to log p(x)   -> iwae_bound()
-See      pictures.png; study.png (180 steps each): --x-sigma2 and the KL term.
-         Printed: nll, an upper bound on -log p(x) of test pictures, nats: 86.9
-         on MNIST by 100 draws (Burda et al., by 5,000: 86.8).
-Differs  Convolutions with batch norm where the papers have perceptrons.
+         A course's loss for Gaussian pixels, -2 ELBO + constant   -> vae_loss()
+         The log of a mean of k weights is a tighter bound       -> iwae_bound()
+See      pictures.png: reconstructions, samples. study.png: 180 steps each with
+         three values of --x-sigma2, and without the KL term. Printed: nll, on
+         average an upper bound on -log p(x), in nats: 86.9 for test pictures of
+         MNIST with 100 draws of z (Burda et al. 2015, with 5,000: 86.8).
+Differs  Convolutions with batch norm; in the papers fully connected layers.
 Try      With --z-dim 2, what suffers more, reconstructions or samples?
 Run      python 01_vae.py    (the VAE, and four short trainings for the study)
          python 01_vae.py --models vae -k 5 --steps 6400
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ import common
 
 HIDDEN = 512                     # width of the layers before and after the code
 MODELS = ["vae", "low-sigma2", "mid-sigma2", "high-sigma2", "no-kl"]
-STUDY = 0.036                    # the last four: this share of steps (180) and test pictures (36)
+STUDY = 0.036                    # for all but vae: this share of steps (180) and test pictures (36)
 N_TEST = 1000                    # test pictures in the bound
 N_SAMPLES = 10_000               # pictures in samples.pt
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
@@ -43,7 +45,7 @@ SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png 
 def reparameterise(mu, logvar, u):
     """z = mu + σ u, σ = exp(logvar / 2): a sample of N(mu, σ²) through which gradients flow.
 
-    mu, logvar: [B, d]; u: standard normal [..., B, d], so that k samples for each are [k, B, d].
+    mu, logvar: [B, d]; u: standard normal, [B, d], or [k, B, d] for k samples of each.
     """
     return mu + torch.exp(logvar / 2) * u
 
@@ -60,8 +62,8 @@ def negative_elbo(log_px_z, mu, logvar):
     """KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z) of each example, nats [B]; to be minimised.
 
     log_px_z = log p(x|z): [k, B], for k draws z of q = N(mu, exp(logvar)); mu, logvar: [B, d]. On
-    average over z an upper bound on -log p(x), and equal to it where q(z|x) = p(z|x). Raises
-    ValueError if the sizes do not fit.
+    average over z an upper bound on -log p(x), and equal to it where q(z|x) = p(z|x). More draws
+    make it less noisy, not tighter. Raises ValueError if the sizes do not fit.
     """
     if log_px_z.ndim != 2 or log_px_z.shape[1:] != mu.shape[:1]:
         raise ValueError(f"log_px_z must be [k, B] for mu [B, d], not {tuple(log_px_z.shape)} for "
@@ -70,13 +72,13 @@ def negative_elbo(log_px_z, mu, logvar):
 
 
 def vae_loss(x, x_rec, mu, logvar, x_sigma2):
-    """(loss, data_term, kl_term) of the course, means over the batch; loss = data_term + kl_term.
+    """The loss of a course: (loss, data_term, kl_term), batch means; loss = data_term + kl_term.
 
     data_term = mean of (x - x_rec)² over the pixels / x_sigma2,  kl_term = 2 KL.
     x, x_rec: [B, ...] of d_x numbers each; x_sigma2 > 0. To be minimised. It is -2 ELBO up to a
-    constant, for Gaussian pixels of variance s² = x_sigma2 d_x (for MNIST 0.001 means 0.784):
-    -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 is not above 0,
-    the shapes differ or the batch is empty.
+    constant, for Gaussian pixels of variance s² = x_sigma2 d_x, not x_sigma2 (for MNIST 0.001 gives
+    0.784): -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 is not
+    above 0, the shapes differ or the batch is empty.
     """
     if not x_sigma2 > 0 or x.shape != x_rec.shape or len(x) == 0:
         raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal, with B of 1 "
@@ -87,12 +89,12 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
 
 
 def log_bernoulli(x, logits):
-    """log p(x|z) = Σ x log p + (1 - x) log(1 - p) over the last three dimensions, nats.
+    """log p(x|z) = Σ x log σ(a) + (1 - x) log(1 - σ(a)), a: logits, over the last three dimensions.
 
-    x: pixels [..., C, H, W], 0 or 1; p = sigmoid(logits), logits broadcastable with x. A grey x
-    gives a number, but no log-probability: only 0 and 1 are values of a Bernoulli variable.
+    In nats. x: pixels [..., C, H, W], 0 or 1; logits broadcastable with x. A grey x gives a number,
+    but no log-probability: only 0 and 1 are values of a Bernoulli variable.
     """
-    # log sigmoid(a) = a - softplus(a) and log(1 - sigmoid(a)) = -softplus(a)
+    # log σ(a) = a - softplus(a) and log(1 - σ(a)) = -softplus(a)
     return (x * logits - F.softplus(logits)).sum(dim=(-3, -2, -1))
 
 
@@ -119,14 +121,14 @@ def iwae_bound(log_px_z, z, mu, logvar):
         raise ValueError("log_px_z must be [k, B] for z [k, B, d], not "
                          f"{tuple(log_px_z.shape)} for {tuple(z.shape)}")
     log_pz = -0.5 * (z ** 2).sum(dim=-1)
-    log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)  # both without d/2 log 2π
+    log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)  # both lack -d/2 log 2π
     return torch.logsumexp(log_px_z + log_pz - log_q, dim=0) - math.log(len(z))
 
 
 # --- model -------------------------------------------------------------------------------------
 
 def channels(side):
-    """(Channels of the maps, the largest map first; side of the smallest: 4 to 7 if side >= 8)."""
+    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
     halvings = max(1, int(math.log2(side / 4)))
     return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
@@ -140,7 +142,7 @@ class VAE(nn.Module):
         widths, small = channels(side)
         features = widths[-1] * small ** 2
         layers = []
-        for i, o in zip([c, *widths], widths):
+        for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1),
                        nn.BatchNorm2d(o), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, HIDDEN),
@@ -148,7 +150,7 @@ class VAE(nn.Module):
         self.mu, self.logvar = nn.Linear(HIDDEN, d_z), nn.Linear(HIDDEN, d_z)
         layers = [nn.Linear(d_z, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.SiLU(),
                   nn.Linear(HIDDEN, features), nn.Unflatten(1, (widths[-1], small, small))]
-        for i, o in zip(widths[::-1], [*widths[-2::-1], c]):
+        for i, o in pairwise([*widths[::-1], c]):
             layers += [nn.BatchNorm2d(i), nn.SiLU(),
                        nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1)]
         self.decoder = nn.Sequential(*layers)
@@ -158,26 +160,26 @@ class VAE(nn.Module):
         return self.mu(h), self.logvar(h)
 
     def decode(self, z):
-        """z [..., d_z] -> logits [..., C, side, side]. The layers take one batch dimension."""
+        """z [..., d_z] -> logits [..., C, side, side]. For the layers the first are made one."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
 
 class Objective(NamedTuple):
     """Which loss a VAE is trained on."""
     likelihood: str              # of a pixel: "bernoulli" or "gaussian"
-    x_sigma2: float              # of the course's loss, which has a gaussian likelihood
+    x_sigma2: float              # of gaussian pixels: see vae_loss
     k: int = 1                   # draws of z in the bound
-    kl_weight: float = 1.0       # in the course's loss
+    with_kl: bool = True         # has the course's loss its KL term?
     share: float = 1.0           # of --steps and of the test pictures
 
 
 def objective_of(name, args, c):
-    """The objective of the VAE of the chapter or of one of the study, for c channels."""
+    """The objective of one of MODELS: vae, or one of the four short trainings of study.png."""
     if name == "vae":
         likelihood = args.likelihood or ("bernoulli" if c == 1 else "gaussian")
         return Objective(likelihood, args.x_sigma2, args.k)
     x_sigma2 = args.x_sigma2 * {"low-sigma2": 0.1, "high-sigma2": 10}.get(name, 1)
-    return Objective("gaussian", x_sigma2, kl_weight=0.0 if name == "no-kl" else 1.0, share=STUDY)
+    return Objective("gaussian", x_sigma2, with_kl=name != "no-kl", share=STUDY)
 
 
 def log_likelihood(objective, x, logits):
@@ -190,15 +192,16 @@ def log_likelihood(objective, x, logits):
 def loss_of(objective, x, logits, z, mu, logvar):
     """The loss, mean over the batch: minus the bound with k draws of z, or the course's loss.
 
-    With one draw the KL is taken in its closed form, and the likelihood alone depends on the draw.
+    In nats, but the course's is twice as much, up to a constant. With one draw the KL has its
+    closed form, which has less noise than a draw.
     """
     if objective.k > 1:
         return -iwae_bound(log_likelihood(objective, x, logits), z, mu, logvar).mean()
     if objective.likelihood == "bernoulli":
         return negative_elbo(log_bernoulli(x, logits), mu, logvar).mean()
     x_rec = logits[0].sigmoid()  # of the only draw
-    _, data_term, kl_term = vae_loss(x, x_rec, mu, logvar, objective.x_sigma2)
-    return data_term + objective.kl_weight * kl_term
+    loss, data_term, _ = vae_loss(x, x_rec, mu, logvar, objective.x_sigma2)
+    return loss if objective.with_kl else data_term
 
 
 def mirrored(x):
@@ -209,7 +212,7 @@ def mirrored(x):
 
 
 def observed(objective, x):
-    """What the decoder has to explain of x in [0, 1]: for Bernoulli pixels a draw of 0s and 1s."""
+    """x in [0, 1] as the likelihood takes it: a Bernoulli pixel is 1 with probability x, else 0."""
     return torch.bernoulli(x) if objective.likelihood == "bernoulli" else x
 
 
@@ -220,7 +223,7 @@ def observed(objective, x):
 # run.shoot adds pictures to process.png.
 
 def train(run, args, objective, images):
-    """Trains one VAE; returns it, and the codes [n_samples, d_z] of its samples."""
+    """Trains one VAE; returns it, and the z [n_samples, d_z] from which its samples are drawn."""
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps = max(1, round(args.steps * objective.share))
@@ -254,7 +257,8 @@ def train(run, args, objective, images):
 # --- measures ----------------------------------------------------------------------------------
 
 def results(args, name, objective, net, z_fixed, images, test):
-    """Numbers and pictures of a trained VAE; writes its weights, for vae samples and paths too."""
+    """Numbers and pictures of a trained VAE. Writes its weights, and for vae samples.pt and
+    paths.pt: pictures between neighbouring codes, which chapter 07 reads with --score."""
     torch.manual_seed(args.seed)  # the same binarised test pictures in every run
     x01 = (common.to_float(test.x[:args.n_test]) + 1) / 2
     x = observed(objective, x01)
@@ -266,9 +270,9 @@ def results(args, name, objective, net, z_fixed, images, test):
         common.save(common.paths(lambda z: generate(net, z), net.encode(x)[0]),
                     args.out / "paths.pt")
     x_train = observed(objective, (common.to_float(images.x[:32]) + 1) / 2)
-    return {"likelihood": objective.likelihood, "pictures": pictures(net, x, x_train, samples),
-            **measure(net, objective, x01[:n], x[:n], args.k_test),
-            "distance": nearest_distance(samples, images)}
+    return {"pictures": pictures(net, x, x_train, samples), "likelihood": objective.likelihood,
+            "n": n, **measure(net, objective, x01[:n], x[:n], args.k_test),
+            "distance": common.nearest(samples, images)[0].mean().item()}
 
 
 @torch.no_grad()
@@ -277,8 +281,8 @@ def measure(net, objective, x01, x, k):
 
     nll (minus iwae_bound with k draws of z), -elbo and kl are in nats for each picture. Those of
     Gaussian pixels are of densities, so they compare only at the same x_sigma2. mse: of the
-    reconstruction from mu to x01. spread: standard deviation of the codes z of all pictures, which
-    is 1 for the prior.
+    reconstruction from mu to x01. spread: root of the mean variance of the coordinates of z over
+    all pictures, 1 for the prior.
     """
     nll, elbo, kl, mse, codes = [], [], [], [], []
     chunk = max(1, 1000 // k)  # so that about 1,000 pictures are decoded at once
@@ -295,15 +299,6 @@ def measure(net, objective, x01, x, k):
     spread = torch.cat(codes).var(dim=0, correction=0).mean().sqrt().item()
     return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()} | {
         "spread": spread}
-
-
-def nearest_distance(x, images):
-    """Mean distance of x [N, C, H, W] to the nearest of 10,000 training pictures, root mean square.
-
-    In [-1, 1] units. Blur lowers it: read it beside the picture.
-    """
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    return (torch.cdist(x.flatten(1), train).amin(dim=1) / train.shape[1] ** 0.5).mean().item()
 
 
 @torch.no_grad()
@@ -328,7 +323,7 @@ def pictures(net, x, x_train, samples):
     if mu.shape[1] == 2:  # the quantiles of the prior, from -1.64 to 1.64 in both directions
         line = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.05, 0.95, 15)).to(x.device)
         kept["manifold"] = generate(net, torch.cartesian_prod(line, line).flip(1))
-    return {name: common.to_uint8(x).cpu() for name, x in kept.items()}
+    return {name: common.to_uint8(picture).cpu() for name, picture in kept.items()}
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -348,19 +343,22 @@ def figures(args, images, done, log):
     common.save_panels(args.out / "pictures.png", [("", cells)], f"{title}: {name}")
 
     if len(done) > 1:
-        rows = [("reconstructions", [(f"{name}\nmse {run['mse']:.3g}, kl {run['kl']:.3g}",
-                                      common.panel(run["pictures"]["pairs"]))
-                                     for name, run in done.items()]),
-                ("samples", [(f"spread {run['spread']:.3g}, distance {run['distance']:.3g}",
-                              common.panel(run["pictures"]["samples"])) for run in done.values()])]
-        common.save_panels(args.out / "study.png", rows, title)
+        reconstructions, samples = [], []
+        for name, numbers in done.items():
+            reconstructions.append((f"{name}\nmse {numbers['mse']:.3g}, kl {numbers['kl']:.3g}",
+                                    common.panel(numbers["pictures"]["pairs"])))
+            samples.append((
+                f"spread {numbers['spread']:.3g}, distance {numbers['distance']:.3g}",
+                common.panel(numbers["pictures"]["samples"])))
+        common.save_panels(args.out / "study.png", [
+            ("reconstructions", reconstructions), ("samples", samples)], title)
 
     for file, of_vae in (("curves.png", True), ("study_curves.png", False)):
         rows = [row for row in log if (row["model"] == "vae") == of_vae]
         if rows:
             common.plot_curves(args.out / file, rows, {
                 "loss": "loss of a batch", "kl": "KL(q ‖ N(0, I)), nats",
-                "mse": "mean squared error of a pixel in [0, 1]"}, title)
+                "mse": "mean squared error of a pixel in [0, 1],\nfor a draw of z"}, title)
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -392,24 +390,19 @@ def parse_args(argv=None):
     return args
 
 
-def check(args, images):
-    """Ends the run if the flags do not fit the data."""
-    common.check_side(images)
-    common.check_batch(args, images, "batch norm needs more than one picture")
-
-
 def main(argv=None):
     args = parse_args(argv)
     with common.Run(args) as run:
         images = common.load_images(args, run.device)
         test = common.load_images(args, run.device, train=False)
-        check(args, images)
-        known = {name: objective_of(name, args, images.x.shape[1]) for name in args.models}
+        common.check_side(images)
+        common.check_batch(args, images, "batch norm needs more than one picture")
         for name in run.each(args.models):
-            net, z_fixed = train(run, args, known[name], images)
-            run.done[name] = results(args, name, known[name], net, z_fixed, images, test)
+            objective = objective_of(name, args, images.x.shape[1])
+            net, z_fixed = train(run, args, objective, images)
+            run.done[name] = results(args, name, objective, net, z_fixed, images, test)
         figures(args, images, run.done, run.rows)
-        columns = ["nll", "-elbo", "kl", "mse", "spread", "distance"]
+        columns = ["n", "nll", "-elbo", "kl", "mse", "spread", "distance"]
         common.print_table([f"{images.name}: model", "likelihood", *columns], [
             [name, numbers["likelihood"], *(f"{numbers[column]:.4g}" for column in columns)]
             for name, numbers in run.done.items()])

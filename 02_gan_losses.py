@@ -10,15 +10,15 @@ Idea     A generator G draws pictures from noise z. A discriminator D gives each
          Others: squares (lsgan), distance (wgan, wgan-gp), penalty (dragan),
          labels (cgan, acgan, infogan), an autoencoder's error (ebgan, began)
 See      samples.png: what each G draws from the same z. saturation.png: three
-         GANs whose D is far ahead; the G of minimax stands still (with a larger
-         eps in Adam, which would hide it). Printed: how many classes G draws,
-         and a hint when both losses stand still and the reason is known.
+         GANs whose D is far ahead; the G of minimax stands still. (Their Adam
+         has a larger eps: the usual one hides it.) Printed: how many classes
+         G draws, and a hint when both losses stand still for a known reason.
 Differs  D has no batch norm, so that every score is of one picture alone. Adam
          for all, at rates that fall to 0 in the second half of the steps. What
-         is kept is an average of G's weights. The penalties have the weight 1,
+         is kept is an average of G's weights. Gradient penalties have weight 1,
          in the papers 10. See the class of a method.
 Try      --loss minimax-ahead --real-label 0.9: where will loss_d stop falling?
-Run      python 02_gan_losses.py    (minimax, nonsaturating, lsgan, each twice)
+Run      python 02_gan_losses.py    (three losses, and their -ahead)
          python 02_gan_losses.py --loss all
 """
 
@@ -34,13 +34,13 @@ from torch.optim import lr_scheduler
 import common
 
 ADAM_BETAS = (0.0, 0.9)
-SMALL = 1024                     # numbers in a picture up to which networks are fully connected
+SMALL = 1024                     # numbers in a picture up to which layers are fully connected
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 LAMBDA = 1.0                     # weight of wgan-gp's and dragan's penalty: in their papers 10
 CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
 MARGIN = 0.3                     # ebgan: for errors that are roots of mean squares
 GAMMA, LAMBDA_K = 0.9, 0.1       # began: Berthelot 2017 has λ_k 0.001 and 100 times more steps
-LABEL = 3.0                      # what the 1 of a one-hot label is multiplied by
+LABEL_SCALE = 3.0                # G sees one-hot labels times this
 MISTAKES = ["double-sigmoid", "averaged-log", "other-size"]  # for --break
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 N_SAMPLES, N_NEAREST = 10_000, 2000  # pictures in samples_{loss}.pt; compared with the data
@@ -57,15 +57,16 @@ def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
 
     y = real_label; y' = 0, or 1 where real_label is 0 (flipped labels). A real_label between the
     two is one-sided smoothing (Salimans et al. 2016). label_noise = w makes both uniform, of width
-    w around these values; those of the reals are drawn first. The loss is linear in the labels, so
-    this noise leaves the mean of the gradient as it is. In nats; without noise at least the entropy
-    of real_label, and 2 log 2 = 1.386 if D says 1/2 to all.
+    w around these values. The loss is linear in the labels, so this noise leaves the mean of the
+    gradient as it is. In nats; without noise at least the entropy of real_label, and 2 log 2 =
+    1.386 if D says 1/2 to all.
     """
     fake_label = 1.0 - real_label if real_label in (0, 1) else 0.0
     y, y_fake = torch.full_like(real, real_label), torch.full_like(fake, fake_label)
     if label_noise:  # else no random number is drawn
-        y, y_fake = (label + label_noise * (torch.rand(len(label), generator=generator).to(label)
-                                            - 0.5) for label in (y, y_fake))
+        y = y + label_noise * (torch.rand(len(y), generator=generator).to(y) - 0.5)
+        u = torch.rand(len(y_fake), generator=generator).to(y_fake)
+        y_fake = y_fake + label_noise * (u - 0.5)
     bce = F.binary_cross_entropy_with_logits
     return bce(real, y) + bce(fake, y_fake)
 
@@ -91,14 +92,24 @@ def lsgan_g(fake):
 
 
 def wgan_d(real, fake):
-    """E fake - E real (Arjovsky 2017). Minus this is at most K W1, K the largest slope of D, and
-    equal to it for the best D; W1: the least mean distance to move the fakes onto the data."""
+    """E fake - E real (Arjovsky et al. 2017). Minus this is at most K W1(data, fakes).
+
+    K: D's Lipschitz constant, its largest slope; the best D of this slope reaches K W1. W1: the
+    least mean distance over which the fakes can be moved onto the data.
+    """
     return fake.mean() - real.mean()
 
 
 def wgan_g(fake):
     """-E fake (Arjovsky et al. 2017, alg. 1)."""
     return -fake.mean()
+
+
+def clip(net, limit):
+    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1)."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.clamp_(-limit, limit)
 
 
 def gradient_norms(critic, x):
@@ -194,11 +205,11 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
 
     Fully connected layers with `hidden` units, then convolutions: `width` channels on the map of
     half the side, 2 width on that of a quarter, and so on; with width = 0 one more fully connected
-    layer draws the picture. Starts with normal weights of 0.02, zero biases.
+    layer draws the picture. Weights start as draws of N(0, 0.02²), biases as 0.
     """
     widths, small = channels(side, width)
     layers = []
-    for i, o in pairwise([d_in, *hidden, *[widths[-1] * small ** 2] * (width > 0)]):
+    for i, o in pairwise([d_in, *hidden] + ([widths[-1] * small ** 2] if width else [])):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
     if width:
         layers.append(nn.Unflatten(1, (widths[-1], small, small)))
@@ -214,9 +225,10 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
 
 
 def trunk(c, side, hidden, width):
-    """Pictures [B, C, side, side] -> features [B, F], and F. No batch norm.
+    """(net, n): net takes pictures [B, C, side, side] to features [B, n]. No batch norm.
 
-    Fully connected layers with `hidden` units, or where there are none convolutions with strides.
+    Fully connected layers with `hidden` units, or where there are none convolutions with strides,
+    the first of `width` channels.
     """
     if hidden:
         layers = [nn.Flatten()]
@@ -232,12 +244,12 @@ def trunk(c, side, hidden, width):
 
 
 def kind_of_nets(args, c, side):
-    """"fc", "dense" or "conv": what --nets says, else dense for small grey pictures."""
+    """What --nets says; else "dense" up to SMALL numbers in a picture, "conv" above."""
     return args.nets or ("dense" if c * side ** 2 <= SMALL else "conv")
 
 
 class Discriminator(nn.Module):
-    """x -> logits [B], and for cgan, acgan, infogan a score for each label [B, classes]."""
+    """x -> logits [B], and a number for each label [B, classes]: for cgan, acgan, infogan."""
 
     def __init__(self, c, side, classes, hidden, width):
         super().__init__()
@@ -274,8 +286,8 @@ class Autoencoder(nn.Module):
 
 
 def with_labels(z, y):
-    """G's input: z [B, z_dim], then LABEL times the one-hot labels y [B, classes, or 0 columns]."""
-    return torch.cat([z, LABEL * y], dim=1)
+    """G's input: z [B, z_dim], then the one-hot labels y [B, classes], or [B, 0], scaled."""
+    return torch.cat([z, LABEL_SCALE * y], dim=1)
 
 
 def noisy(x, std):
@@ -283,23 +295,16 @@ def noisy(x, std):
     return x + std * torch.randn_like(x) if std else x
 
 
-def clip(net, limit):
-    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1)."""
-    with torch.no_grad():
-        for p in net.parameters():
-            p.clamp_(-limit, limit)
-
-
 # --- the methods -------------------------------------------------------------------------------
 
 class Minimax:
     """minimax: the GAN of Goodfellow et al. 2014. Each class below says what it changes.
 
-    y, where a method takes it: one-hot labels [B, classes], or [B, 0] where G does not see any.
+    The argument y: the one-hot labels that G sees, [B, classes], or [B, 0] if it sees none.
     """
     # staticmethod: called as d(real, fake), without self
     d, g = staticmethod(bce_d), staticmethod(minimax_g)  # losses, as functions of scores
-    read = staticmethod(torch.sigmoid)                   # what a score says, from 0 to 1
+    says = staticmethod(torch.sigmoid)  # what the log has of a score: σ of logits
     lr = 5e-4, 2e-3              # of D, of G
     d_steps = 1
     eps = 1e-8                   # G's Adam divides by √(mean g²) + eps
@@ -322,8 +327,8 @@ class Minimax:
         return (generator(d_in, c, side, hidden_g, args.width_g or width),
                 Discriminator(c, side, self.classes, hidden_d, args.width_d or width))
 
-    def labels(self, x, y):
-        """One-hot labels for the pictures of G; y: the labels [B] of the data x, or None."""
+    def labels(self, x, classes):
+        """One-hot labels for G's pictures; classes: those of the data x, numbers [B] or None."""
         return x.new_zeros(len(x), 0)
 
     def sample_labels(self, n):
@@ -336,7 +341,7 @@ class Minimax:
         return D(x)[0]
 
     def loss_d(self, D, x, x_fake, y):
-        """What D descends. Data and fakes, drawn for the same y, go through D in one pass."""
+        """What D descends. The fakes were drawn for the labels y of the data."""
         real, fake = self.score(D, x, y), self.score(D, x_fake, y)
         return self.d(real, fake)
 
@@ -355,12 +360,12 @@ class Nonsaturating(Minimax):
 
 class LSGAN(Minimax):
     """lsgan: squared distances of the scores to 1 and 0 (Mao et al. 2017)."""
-    d, g, read = staticmethod(lsgan_d), staticmethod(lsgan_g), nn.Identity()
+    d, g, says = staticmethod(lsgan_d), staticmethod(lsgan_g), nn.Identity()
 
 
 class WGAN(Minimax):
     """wgan: D estimates a distance; clipping its weights bounds its slope (Arjovsky 2017)."""
-    d, g, read = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
+    d, g, says = staticmethod(wgan_d), staticmethod(wgan_g), nn.Identity()
     lr = 1e-3, 1e-3
 
     def after_d(self, D):
@@ -393,8 +398,8 @@ class CGAN(Nonsaturating):
     """
     sees_labels = True
 
-    def labels(self, x, y):
-        return F.one_hot(y, self.classes).float()
+    def labels(self, x, classes):
+        return F.one_hot(classes, self.classes).float()
 
     def score(self, D, x, y):
         score, guess = D(x)
@@ -429,9 +434,9 @@ class InfoGAN(ACGAN):
     """
     share = 1.25                 # it takes longer
 
-    def labels(self, x, y):
-        code = torch.randint(self.classes, (len(x),), device=x.device)
-        return F.one_hot(code, self.classes).float()
+    def labels(self, x, classes):
+        made_up = torch.randint(self.classes, (len(x),), device=x.device)
+        return F.one_hot(made_up, self.classes).float()
 
     def loss_d(self, D, x, x_fake, y):
         score, guess = D(torch.cat([x, x_fake]))
@@ -440,51 +445,49 @@ class InfoGAN(ACGAN):
     @staticmethod
     def obeyed(y, found):
         """Share of the pictures with the most frequent class of their made-up label."""
-        return sum(found[y == code].bincount().max().item() for code in y.unique()) / len(y)
+        return sum(found[y == label].bincount().max().item() for label in y.unique()) / len(y)
 
 
 class EBGAN(Minimax):
     """ebgan: D is an autoencoder, and its score is its error, high for fakes (Zhao et al. 2017).
 
-    pull_away pushes G's pictures apart, with weight 1 (in the paper 0.1).
+    pull_away pushes G's pictures apart (its weight is 0.1 in the paper).
     """
     d, g = staticmethod(lambda real, fake: ebgan_d(real, fake, MARGIN)), staticmethod(torch.mean)
-    read = nn.Identity()
+    says = nn.Identity()
     lr = 2e-3, 2e-3              # with a slower D some z stay grey, which pull_away pays for
-    code = 64                    # length of the autoencoder's code
+    code = 64                    # length of the autoencoder's codes
+    pull = 1.0, 1.0              # weight of pull_away at the start and at the end of a training
 
     def nets(self, c, side):
         G, _ = super().nets(c, side)
         return G, Autoencoder(c, side, self.code)
 
     def loss_g(self, D, x_fake, y, progress):
-        error, codes = D(x_fake)
-        return self.g(error) + pull_away(codes)
+        (start, end), (error, codes) = self.pull, D(x_fake)
+        return self.g(error) + (start + progress * (end - start)) * pull_away(codes)
 
 
 class BEGAN(EBGAN):
     """began: k keeps the errors of data and fakes in balance (Berthelot et al. 2017).
 
     Not in the paper: pull_away. The digit 1 is the easiest to redraw, and without a push G would
-    draw little else. Its weight falls to 0, because at the end it tears digits.
+    draw little else.
     """
     lr = 1e-3, 1e-3
+    pull = 2.5, 0.0              # at the end it tears digits
     code = 16                    # with 64 the autoencoder copies bad pictures too
     share = 2.0
 
     def loss_d(self, D, x, x_fake, y):
-        real, fake = self.score(D, torch.cat([x, x_fake]), y).split(len(x))
+        real, fake = self.score(D, x, y), self.score(D, x_fake, y)
         loss = began_d(real, fake, D.k.item())
         D.k.fill_(began_k(D.k.item(), real, fake, LAMBDA_K, GAMMA))
         return loss
 
-    def loss_g(self, D, x_fake, y, progress):
-        error, codes = D(x_fake)
-        return self.g(error) + 2.5 * (1 - progress) * pull_away(codes)
-
 
 class Ahead:
-    """-ahead: D makes three steps to one of G.
+    """-ahead: three steps of D to one of G, higher rates, a fifth of the steps.
 
     Adam divides a gradient by its own size, so that even 1e-6 gives a full step, which hides that
     the minimax G has no slope. With a larger eps a small gradient is a small step.
@@ -495,52 +498,15 @@ class Ahead:
     share = 0.2
 
 
-class MinimaxAhead(Ahead, Minimax):
-    """minimax-ahead: what Ahead says goes before what Minimax says."""
-
-
-class NonsaturatingAhead(Ahead, Nonsaturating):
-    """nonsaturating-ahead"""
-
-
-class LSGANAhead(Ahead, LSGAN):
-    """lsgan-ahead"""
-
-
 METHODS = {"minimax": Minimax, "nonsaturating": Nonsaturating, "lsgan": LSGAN, "wgan": WGAN,
            "wgan-gp": WGANGP, "dragan": DRAGAN, "cgan": CGAN, "infogan": InfoGAN, "acgan": ACGAN,
-           "ebgan": EBGAN, "began": BEGAN, "minimax-ahead": MinimaxAhead,
-           "nonsaturating-ahead": NonsaturatingAhead, "lsgan-ahead": LSGANAhead}
+           "ebgan": EBGAN, "began": BEGAN}
+for name in ("minimax", "nonsaturating", "lsgan"):  # what Ahead says goes before what they say
+    METHODS[f"{name}-ahead"] = type(f"{name}-ahead", (Ahead, METHODS[name]), {})
 
 
 # --- broken on purpose -------------------------------------------------------------------------
 # Three mistakes of the coursework's GANs, whose losses then tell what was wrong.
-
-class TwoSigmoids(nn.Module):
-    """A D that ends in a sigmoid, in front of a loss that applies another one."""
-
-    def __init__(self, D):
-        super().__init__()
-        self.D = D
-
-    def forward(self, x):
-        score, guess = self.D(x)
-        return score.sigmoid(), guess
-
-
-class AnySize(nn.Module):
-    """A D that averages its last maps to 4x4 and so takes pictures of every size from 8x8 on."""
-
-    def __init__(self, c, width):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(c, width, kernel_size=4, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(width, 2 * width, kernel_size=4, stride=2, padding=1), nn.SiLU(),
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * width, 1), nn.Flatten(0))
-
-    def forward(self, x):
-        return self.layers(x), None
-
 
 def other_size(d_z, c):
     """The coursework's generator: its last two layers make 16x16 to 12x12 and that to 21x21.
@@ -561,17 +527,18 @@ def other_size(d_z, c):
 
 def break_it(mistake, method, G, D, c):
     """G and D with one of the MISTAKES in them or, for averaged-log, in method's loss."""
-    if mistake == "double-sigmoid":
-        D = TwoSigmoids(D)
+    if mistake == "double-sigmoid":  # D says a probability, and the loss takes it for a logit
+        D.score = nn.Sequential(D.score, nn.Sigmoid())
     elif mistake == "averaged-log":
         method.d = lambda real, fake, d=method.d: d(real, fake) / 2
-    elif mistake == "other-size":
-        G, D = other_size(method.args.z_dim, c), AnySize(c, width=32)
+    elif mistake == "other-size":  # D averages its last maps to 4x4, so that it takes every size
+        G, D = other_size(method.args.z_dim, c), Discriminator(c, 16, method.classes, [], width=32)
+        D.trunk.insert(len(D.trunk) - 1, nn.AdaptiveAvgPool2d(4))
     return G, D
 
 
 def unmendable(x, x_fake):
-    """What sets G's pictures apart from the data whatever G learns, or None: size, constant pixels.
+    """A fault that no training mends: another size, pixels that do not depend on z; None if none.
 
     x, x_fake: [B, C, H, W]. Compare these first if D wins and nothing helps.
     """
@@ -608,8 +575,8 @@ def train(run, args, method, images):
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps, d_steps = max(1, round(args.steps * method.share)), args.d_steps or method.d_steps
-    z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every method
-    z_fixed = with_labels(z_fixed, method.sample_labels(args.n_samples).to(run.device))
+    z = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every method
+    z_fixed = with_labels(z, method.sample_labels(args.n_samples).to(run.device))
     G, D = break_it(args.breaks, method, *method.nets(c, side), c)
     G, D = G.to(run.device), D.to(run.device)
     average = common.average_of(G, steps)
@@ -626,8 +593,8 @@ def train(run, args, method, images):
 
         # D's half: descend its loss on data and on G's pictures, G untouched
         for _ in range(d_steps):
-            x, y = next(batches)
-            y = method.labels(x, y)
+            x, labels = next(batches)
+            y = method.labels(x, labels)
             x_fake = G(with_labels(torch.randn(len(x), args.z_dim, device=run.device), y))
             loss_d = method.loss_d(D, noisy(x, std), noisy(x_fake.detach(), std), y)
             if args.r1:
@@ -678,14 +645,15 @@ def generate(G, z):
 def readings(method, G, D, x, x_fake, y):
     """What the log keeps beside the losses, after a step of G.
 
-    D(x), D(G(z)): means of method.read of the scores, σ of logits. slope: Σ |∂loss_G/∂score|, the
-    mean slope of a score, since the loss is a mean. gradient: the norm of what reached G's weights.
+    D(x), D(G(z)): means over the scores, of logits of their σ. slope: mean over the fakes of
+    |derivative of a fake's own loss in its score|; loss_g is the mean of B such losses, so that the
+    sum of its B derivatives is their mean. gradient: the norm of what reached G's weights.
     """
     with torch.no_grad():
         real, fake = (method.sign * method.score(D, pictures, y) for pictures in (x, x_fake))
     fake = fake.clone().requires_grad_()
     slope, = torch.autograd.grad(method.g(fake), fake)
-    numbers = {"D(x)": method.read(real).mean().item(), "D(G(z))": method.read(fake).mean().item(),
+    numbers = {"D(x)": method.says(real).mean().item(), "D(G(z))": method.says(fake).mean().item(),
                "slope": slope.abs().sum().item(), "gradient": nn.utils.get_total_norm(
                    [p.grad for p in G.parameters()]).item()}
     if isinstance(method, BEGAN):
@@ -698,6 +666,7 @@ def fingerprint(loss_d, loss_g, real_label=1.0):
 
     loss_d: by bce_d, the sum for data and fakes, or half of it; loss_g: by minimax_g or
     nonsaturating_g; nats; loss_g is compared without its sign, which is minimax_g's alone.
+    Where real_label is 0, loss_g is that of the turned score, -a.
     """
     def cross_entropy(a, label):
         return label * math.log1p(math.exp(-a)) + (1 - label) * math.log1p(math.exp(a))
@@ -709,16 +678,18 @@ def fingerprint(loss_d, loss_g, real_label=1.0):
     # a sigmoid taken twice: the best "logits" in [0, 1] for data and, whose label is 0 or 1, fakes
     sure, fake = min(1.0, max(0.0, logit)), float(real_label == 0)
     known = [
-        (2 * log_2, log_2, "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
-        (cross_entropy(sure, real_label) + cross_entropy(fake, fake), cross_entropy(fake, 1),
+        (2 * log_2, [log_2], "D says 1/2 to all: the start, a balance, or a D that learns nothing"),
+        (cross_entropy(sure, real_label) + cross_entropy(fake, fake),
+         [cross_entropy(-fake, label) for label in (0, 1)],
          "a sigmoid applied twice: D must return logits, and these are probabilities, "
          f"{sure:.3g} for data and {fake:g} for fakes"),
-        (entropy, 0.0, "D is perfect and the minimax G has no gradient: use nonsaturating"),
-        (entropy, None, f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
+        (entropy, [0.0], "D is perfect and the minimax G has no gradient: use nonsaturating"),
+        (entropy, [], f"D is perfect: its loss is at the entropy of the label {real_label:g}"),
     ]
     for halves, scale in (("", 1.0), (" (loss_d is the mean of its halves, not the sum)", 0.5)):
         for d, g, cause in known:
-            if abs(loss_d - scale * d) < 0.005 and (g is None or abs(abs(loss_g) - g) < 0.005):
+            if abs(loss_d - scale * d) < 0.005 and (
+                    not g or any(abs(abs(loss_g) - value) < 0.005 for value in g)):
                 return cause + halves
     return None
 
@@ -733,7 +704,7 @@ def new_fingerprint(log, real_label):
 def tell_fingerprint(method, rows):
     """Prints, once, why the losses stand still, where that is known."""
     cause = new_fingerprint(rows, method.args.real_label)
-    if cause and method.read is torch.sigmoid:  # all that is known is of cross-entropies
+    if cause and method.says is torch.sigmoid:  # all that is known is of cross-entropies
         common.say(f"{rows[-1]['model']}: losses stay at {rows[-1]['loss_d']:.4f} and "
                    f"{rows[-1]['loss_g']:.4f}: {cause}")
 
@@ -741,19 +712,16 @@ def tell_fingerprint(method, rows):
 def report(x, y, images, method):
     """Numbers for samples x [N, C, H, W] that were drawn for labels y [N].
 
-    distance: to the nearest of 10,000 training pictures, root mean square in [-1, 1] units; specks:
-    see there; classes: how many labels the nearest have; kl: of their histogram to uniform, nats;
-    obeyed: share of samples with the label asked for (infogan: with the most frequent class of
-    their made-up label).
+    distance: to the nearest training picture; classes: how many labels those have; kl: of their
+    histogram to uniform, nats; obeyed: share of samples with the label asked for (infogan: with the
+    most frequent class of their made-up label).
     """
     if x.shape[1:] != images.x.shape[1:]:
         return {}  # pictures of another size are like none of them
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    nearest = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
-    distance = torch.cat([n.values for n in nearest]) / train.shape[1] ** 0.5
+    distance, nearest = common.nearest(x, images)
     numbers = {"distance": distance.mean().item(), "specks": specks(x[:N_SPECKS])}
     if images.y is not None:
-        found = images.y[torch.cat([n.indices for n in nearest])].cpu()
+        found = images.y[nearest].cpu()
         k = int(images.y.max()) + 1
         p = torch.bincount(found, minlength=k).double() / len(found)
         numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
@@ -884,12 +852,12 @@ def check(args, images):
         common.fail("--width-g is for dense and conv: the G of --nets fc has no convolutions")
     for name in args.loss:
         method = METHODS[name]
-        if images.y is None and method.labels is CGAN.labels:
+        if images.y is None and name in ("cgan", "acgan"):
             common.fail(f"{name} needs labels, and {images.name} has none: a folder's labels are "
                         "its subfolders, two or more, with all pictures in them")
         if method.d is not bce_d and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
-        if args.breaks and (method.d is not bce_d or method.labels is not Minimax.labels):
+        if args.breaks and not name.startswith(("minimax", "nonsaturating")):
             common.fail(f"--break is for minimax and nonsaturating, not for {name}")
         if issubclass(method, EBGAN):
             common.check_batch(args, images, f"{name} compares the pictures of a batch")

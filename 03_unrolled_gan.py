@@ -1,23 +1,23 @@
 r"""03 - Unrolled GAN: let G see how D will answer.
 
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
-Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))); D returns logits
-         and climbs f, which G wants to be low                     -> value()
+Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))), θ: weights, σ: the
+         sigmoid. D returns logits and climbs f; G wants it low    -> value()
 Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j) -> unroll()
-         G descends f(θ_G, θ_D^k(θ_G)), then D one step -> unrolled_loss_g()
-         k = 0 is the plain GAN, which may draw one mode (cluster) alone: mode
-         collapse. With k > 0 it pays no longer, for G meets D's answer.
+         G descends f(θ_G, θ_D^k(θ_G)); D climbs one step -> unrolled_loss_g()
+         k = 0 is the plain GAN, whose G may draw a single mode (cluster): mode
+         collapse. With k > 0 G's loss counts how D will answer that.
 See      process.png, process.gif: the training, k = 0 beside k = 5. Printed:
          modes, how many of the ring's 8 G reaches, and good, the share of
-         samples within 3 standard deviations of one. k = 5 reaches 8, 96 to
-         97 % are good (data: 98.9 %); k = 0 reaches one, if any.
+         samples within 3 standard deviations of one. k = 5 reaches all 8, with
+         96 to 97 % good (the data: 98.9 %); k = 0 reaches one or none.
 Differs  At θ_D^k, G descends -E log σ(D(G(z))), the non-saturating loss. Plain
-         steps inside the unrolling; Adam outside, at rates that fall to 0. D
+         gradient steps in the unrolling; Adam outside, rates that fall to 0. D
          has one hidden layer. On pictures G's weights are averaged.
 Try      With --method rollback the gradient does not pass through D's answer.
          Will the ring still be covered? Predict, then run.
 Run      python 03_unrolled_gan.py
-         python 03_unrolled_gan.py --data mnist -k 0 2
+         python 03_unrolled_gan.py --data mnist
 """
 
 import math
@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 import common
 
-# The same for every k. k, steps, batch, eta and z_dim have flags, which take their place.
+# Settings, the same for every k; a flag (-k, --steps, --batch, --eta, --z-dim) replaces its own.
 POINTS = dict(k=[0, 5], steps=9000, batch=256, eta=0.1, z_dim=4, lr_g=2e-3, lr_d=1e-3, beta1=0.5,
               averaged=False)
-# eta: a step moves the logit of a linear D by up to eta ‖x‖², and ‖x‖² of a digit is near 784
+# eta is small: a step moves the logit of a linear D by up to eta ‖x‖², near 784 eta for a digit
 PICTURES = dict(k=[0, 2], steps=1600, batch=64, eta=0.005, z_dim=50, lr_g=2e-3, lr_d=5e-4,
                 beta1=0.0, averaged=True)
 SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=12_000)}
@@ -61,7 +61,7 @@ def value(D, theta, x, x_fake):
 def unroll(D, x, x_fake, k, eta, exact=True):
     """θ_D^k: D's parameters (by name) after k ascent steps of size eta on f of this one batch.
 
-    exact: the result is a differentiable function of x_fake, so of θ_G (double backward).
+    exact: the result is a differentiable function of x_fake, and through it of θ_G.
     Otherwise it is a constant. Frozen parameters stay as they are. The dict has copies of D's
     buffers too, which batch norm and spectral norm move in every pass: D itself is not changed.
     """
@@ -81,10 +81,11 @@ def unroll(D, x, x_fake, k, eta, exact=True):
 def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     """f(θ_G, θ_D^k(θ_G)), to be minimised by G. k = 0 is the plain GAN.
 
-    exact: ∂f/∂θ_G + ∂f/∂θ_D^k · dθ_D^k/dθ_G, whose second term is how D will answer. Otherwise
-    ("rollback") θ_D^k is a constant, as if one trained a copy of D for k steps. D is not changed.
-    saturating=False: -mean log σ(D(x_fake)) at the same θ_D^k, which still has a gradient where
-    D is sure of itself: on pictures, and between the modes of the ring, D soon is.
+    exact: its gradient in θ_G is ∂f/∂θ_G + ∂f/∂θ_D^k · dθ_D^k/dθ_G; the second term is D's answer.
+    Otherwise ("rollback") θ_D^k is a constant, as if one trained a copy of D for k steps.
+    saturating=False, as this chapter trains: -mean log σ(D(x_fake)) at the same θ_D^k, whose slope
+    does not vanish where D is sure of a fake. D's weights stay as they are; for its .grad to stay
+    empty, too, ask for G's gradient alone: loss.backward(inputs=list(G.parameters())).
     """
     theta = unroll(D, x, x_fake, k, eta, exact)
     if saturating:
@@ -94,11 +95,23 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
 
 # --- model -------------------------------------------------------------------------------------
 
-def plane_nets(d_z):
-    """Points in the plane. G: z_dim -> 2; D: one hidden layer on x / 4. ReLU, orthogonal start.
+class Scale(nn.Module):
+    """x -> factor * x."""
 
-    D is small on purpose: with a second hidden layer the plain GAN reaches all 8 modes of the ring.
-    G starts steep and z is short: what a continuous map draws between two modes becomes less.
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def plane_nets(d_z):
+    """For points in the plane: G [B, d_z] -> [B, 2], D [B, 2] -> logits [B]. Orthogonal start.
+
+    D has one hidden layer on purpose: with two, the plain GAN reaches all 8 modes of the ring. G is
+    continuous, so it draws something between two modes; a short z and large weights at the start
+    (gain 1.6) make that a smaller share. x / 4 brings the data to a scale of 1.
     """
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
@@ -112,21 +125,12 @@ def plane_nets(d_z):
     return G, D
 
 
-class Scale(nn.Module):
-    """x -> factor * x."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return self.factor * x
-
-
 def image_nets(d_z, c, h, w):
-    """Fully connected layers and, at G's end, convolutions: for MNIST 675,025 parameters, as in a
-    coursework. Batch norm without parameters in G and a normal start of 0.02 are added: without the
-    two, no digits came in 1,500 steps, only blots.
+    """For pictures: G [B, d_z] -> [B, c, h, w], D [B, c, h, w] -> logits [B].
+
+    G: fully connected layers, then transposed convolutions, for MNIST 675,025 parameters, as in a
+    coursework. Without two additions it drew only blots in 1,500 steps: batch norm (here without
+    parameters), and a start with draws of N(0, 0.02²).
     """
     def norm(channels, kind):
         return kind(channels, affine=False, track_running_stats=False)
@@ -163,7 +167,7 @@ def train(run, args, data, k):
                     for net, lr in ((G, args.lr_g), (D, args.lr_d)))
     rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
     average = common.average_of(G, args.steps)
-    kept = average.module if args.averaged else G
+    drawing_g = average.module if args.averaged else G
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every k
     batches = data.batches(run)
 
@@ -173,7 +177,7 @@ def train(run, args, data, k):
         for _ in range(args.g_steps):
             x = next(batches)
             x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
-            loss_g = unrolled_loss_g(D, x, x_fake, k, args.eta, args.method == "exact",
+            loss_g = unrolled_loss_g(D, x, x_fake, k, args.eta, exact=args.method == "exact",
                                      saturating=False)
             opt_g.zero_grad()
             loss_g.backward(inputs=tuple(G.parameters()))
@@ -193,13 +197,13 @@ def train(run, args, data, k):
         rate_d.step()
         run.log(loss_g=loss_g, f=-loss_d)
         if run.due(40) or run.at(SHOTS):  # 40 times in the training, and after its SHOTS
-            few = generate(kept, z_fixed[:1000])
+            few = generate(drawing_g, z_fixed[:1000])
             run.note(**data.measure(few))
-            run.kept[run.step] = {**run.rows[-1], **data.shot(few, D)}
+            run.kept[run.step] = {"numbers": run.rows[-1], "picture": data.shot(few, D)}
         if run.at(SHOTS):
             draw_process(args, data, all_shots(run))
 
-    return kept, z_fixed
+    return drawing_g, z_fixed
 
 
 @torch.no_grad()
@@ -252,8 +256,8 @@ class Pictures:
 
     def __init__(self, run, args):
         self.args, self.images = args, common.load_images(args, run.device)
-        self.legend = [] if self.images.y is None else [
-            "classes: how many occur among the nearest training pictures of the samples"]
+        self.legend = () if self.images.y is None else (
+            "classes: how many occur among the nearest training pictures of the samples",)
         self.name, self.examples = self.images.name, self.images.x[:36]
         h, w = self.images.x.shape[2:]
         if h % 4 or w % 4:
@@ -282,8 +286,8 @@ class Pictures:
 def mode_report(x, centres, std):
     """Which modes of a mixture samples x [N, 2] reach; good = within 3 std of the nearest centre.
 
-    modes: how many centres have a good sample among the first 2,500;
-    good: share of good samples, 0..1; kl: of the modes' histogram of good samples to uniform, nats.
+    modes: how many centres have a good sample among the first 2,500 (while training, of 1,000);
+    good: share of good samples, 0..1; kl: KL(shares of the modes among them ‖ equal shares), nats.
     """
     distance, nearest = torch.cdist(x, centres).min(dim=1)
     good = distance < 3 * std
@@ -293,20 +297,17 @@ def mode_report(x, centres, std):
 
 
 def class_report(x, images):
-    """The classes of samples x [N, C, H, W]: each has that of its nearest training picture.
+    """The classes of samples x [N, C, H, W]: a sample has that of its nearest training picture.
 
-    The first 10,000 training pictures are looked at. classes: how many occur; kl: of their
-    histogram to uniform, nats (both only where the data has classes); distance: to the nearest
-    picture, root mean square in [-1, 1] units, mean over the samples.
+    classes: how many occur; kl: of their histogram to uniform, nats (both only where the data has
+    classes); distance: to that picture, mean over the samples.
     """
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    found = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
-    distance = torch.cat([f.values for f in found]).mean().item() / train.shape[1] ** 0.5
+    distance, nearest = common.nearest(x, images)
+    numbers = {"distance": distance.mean().item()}
     if images.y is None:
-        return {"distance": distance}
-    classes = images.y[torch.cat([f.indices for f in found])]
-    counts = torch.bincount(classes, minlength=int(images.y.max()) + 1)
-    return {"classes": int((counts > 0).sum()), "kl": kl_to_uniform(counts), "distance": distance}
+        return numbers
+    counts = torch.bincount(images.y[nearest], minlength=int(images.y.max()) + 1)
+    return {"classes": int((counts > 0).sum()), "kl": kl_to_uniform(counts), **numbers}
 
 
 def kl_to_uniform(counts):
@@ -321,7 +322,7 @@ def kl_to_uniform(counts):
 # --- figures -----------------------------------------------------------------------------------
 
 def all_shots(run):
-    """What was kept of the finished trainings and of the one that goes on, by name and step."""
+    """Snapshots by k and step: of the finished trainings, and of the one that goes on."""
     shots = {name: numbers["shots"] for name, numbers in run.done.items()}
     return shots if run.name in shots else shots | {run.name: run.kept}
 
@@ -332,22 +333,22 @@ def draw_process(args, data, shots):
     rows = []
     for name, by_step in shots.items():
         cells = [("data\n", data.draw(data.examples))]
-        cells += [(caption(shot), data.draw(**tensors(shot)))
+        cells += [(caption(shot["numbers"]), data.draw(**shot["picture"]))
                   for shot in (by_step[step] for step in shown if step in by_step)]
         rows.append((name, cells))
     title = "\n".join([title_of(args, data), *data.legend])
-    common.save_panels(args.out / "process.png", rows, title,
-                       tell=len(shots) == 1 and len(rows[0][1]) == 2)
+    first = len(shots) == 1 and len(rows[0][1]) == 2  # of many drawings: say where it is, once
+    common.save_panels(args.out / "process.png", rows, title, tell=first)
 
 
 def draw_animation(args, data, shots):
-    """process.gif: all that was kept of the ring, one k beside the other."""
+    """process.gif: the training on points, one k beside the other."""
     frames = []
     for step in next(iter(shots.values())):
         fig, axes = common.figure(1, len(shots), 2.4 * len(shots), 2.9)
         for ax, (name, by_step) in zip(axes[0], shots.items()):
-            data.draw(**tensors(by_step[step]))(ax)
-            ax.set_title(f"{name}, {caption(by_step[step])}", fontsize=9)
+            data.draw(**by_step[step]["picture"])(ax)
+            ax.set_title(f"{name}, {caption(by_step[step]['numbers'])}", fontsize=9)
         frames.append(fig)
     common.save_animation(frames, args.out / "process.gif")
 
@@ -356,15 +357,10 @@ def title_of(args, data):
     return f"Unrolled GAN on {data.name}, {args.method} gradient, seed {args.seed}"
 
 
-def caption(shot):
-    """The step of a shot, and what was measured there."""
-    shown = [f"{key} {shot[key]:.3g}" for key in ("modes", "classes", "good") if key in shot]
-    return f"step {shot['step']:,}\n{', '.join(shown)}"
-
-
-def tensors(shot):
-    """What data.draw needs of a shot."""
-    return {key: value for key, value in shot.items() if torch.is_tensor(value)}
+def caption(numbers):
+    """The step of a snapshot, and what was measured there."""
+    shown = [f"{key} {numbers[key]:.3g}" for key in ("modes", "classes", "good") if key in numbers]
+    return f"step {numbers['step']:,}\n{', '.join(shown)}"
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -385,20 +381,25 @@ def parse_args(argv=None):
                    "not given: 256, for pictures 64")
     g.add_argument("--z-dim", type=common.number(int, 1), help="length of z; if not given: 4, for "
                    "pictures 50")
-    g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps per step")
-    g.add_argument("--d-steps", type=common.number(int, 1), default=1, help="D steps per step")
+    g.add_argument("--g-steps", type=common.number(int, 1), default=1,
+                   help="steps of G in each training step")
+    g.add_argument("--d-steps", type=common.number(int, 1), default=1,
+                   help="steps of D in each training step")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(n_samples=1000))
-    for name, value in SETTINGS.get(args.data, PICTURES).items():
+    defaults = dict(SETTINGS.get(args.data, PICTURES))
+    if args.quick:
+        defaults["steps"] //= 40
+    for name, default in defaults.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value // 40 if name == "steps" and args.quick else value)
+            setattr(args, name, default)
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     with common.Run(args) as run:
-        data = Points(run, args) if args.data in ("ring", "grid") else Pictures(run, args)
+        data = (Points if args.data in SETTINGS else Pictures)(run, args)
         models = {f"k={k}": k for k in args.k}
         for name in run.each(models):
             G, z_fixed = train(run, args, data, models[name])
@@ -407,7 +408,8 @@ def main(argv=None):
             common.save(G.state_dict(), args.out / f"weights_k{models[name]}.pt")
             run.done[name] = {"shots": run.kept, **data.measure(samples)}
         common.plot_curves(args.out / "curves.png", run.rows, {
-            column: CURVES.get(column, column) for column in list(run.rows[0])[2:]},
+            column: CURVES.get(column, column) for column in run.rows[0]
+            if column not in ("model", "step")},
             title_of(args, data), marks={"f": -2 * math.log(2)})
         if isinstance(data, Points):
             draw_animation(args, data, all_shots(run))

@@ -4,17 +4,17 @@ Papers   Creswell, Bharath 2016, arXiv:1611.05644 (z by gradient descent);
          Lipton, Tripathi 2017, arXiv:1702.04782 (a generator's own pictures);
          Zhu et al. 2016, arXiv:1609.03552 (an encoder first, then descent)
 Idea     z* = argmin_z ‖G(z) - x‖², the best of several starts    -> invert()
-         An encoder E that guesses z descends
+         An encoder E is trained to guess z; it descends
          mean (E(G(z)) - z)² + mean (G(E(x)) - x)²            -> encoder_loss()
-         Hybrid: E(x) is the only start, with as many steps as all random ones.
+         Hybrid: one start, E(x), with the steps of all random starts together.
 See      inversion.png: pictures, and what was found for them. starts.png: the
-         error of every start. worst.png: details that G does not draw.
+         error of every start. worst.png: where the best z found fits least.
          between.png: from one test picture to another. The next run takes G and
          E from generator.pt. Printed: mean squared errors. On test digits of
-         MNIST random starts leave 0.029, the hybrid 0.0031 for the same work:
+         MNIST random starts leave 0.029, the hybrid 0.0031 in as many steps:
          most of what random starts miss is the fault of the search, not of G.
-Differs  Adam with beta2 = 0.9 moves z. G is an average of its weights, from
-         2,000 steps; z has 128 numbers, for 64 leave more than twice the error.
+Differs  Adam with beta2 = 0.9 moves z. G has averaged weights, and is trained
+         for 2,000 steps only. A z of 64 numbers leaves over twice the error.
 Try      --starts 10 --invert-steps 24 is as much work as 3 starts of 80 steps.
          Are more starts or longer ones better? Predict, then run.
 Run      python 04_inversion.py
@@ -57,10 +57,10 @@ def squared_error(a, b):
 def invert(G, x, z0, steps, lr):
     """z* = argmin_z ‖G(z) - x‖² by Adam, from R starts for each of N pictures, all in one batch.
 
-    x: [N, C, H, W]; z0: [N, R, d]. The rate falls from lr to 0 along a cosine. Returns z [N, d] of
-    the start that ends best for each picture, and the errors [N, R, steps + 1] on the way of every
-    start, mean squares in the units of x. A start that ends at nan loses to all others. G's weights
-    are left alone. Raises ValueError if G does not draw pictures of the shape of x, or is in
+    x: [N, C, H, W]; z0: [N, R, d]. The rate falls from lr to 0 along a cosine. Returns the best end
+    point of each picture, z [N, d], and the mean squared error of every start before the first step
+    and after each, [N, R, steps + 1]. A start that ends at nan is never the best. G's weights are
+    left alone. Raises ValueError if G does not draw pictures of the shape of x, or is in
     training mode, in which batch norm would let the pictures of a batch change each other.
     """
     if any(module.training for module in G.modules()):
@@ -104,10 +104,10 @@ def channels(side):
 
 
 def generator(d_z, c, side):
-    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
 
-    Convolutions: the fully connected layers of chapter 02 draw better digits, but so few directions
-    of z move them that not all digits are among them.
+    Convolutions, because the pictures of chapter 02's fully connected layers, though better drawn,
+    change along few directions of z: many test digits are not among them.
     """
     widths, small = channels(side)
     layers = [nn.Linear(d_z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
@@ -120,18 +120,21 @@ def generator(d_z, c, side):
 
 
 def discriminator(c, side):
-    """[B, C, side, side] -> logits [B]. No batch norm. Small grey pictures: fully connected."""
+    """[B, C, side, side] -> logits [B]. No batch norm.
+
+    Up to SMALL numbers in a picture: fully connected layers, else convolutions.
+    """
     if c * side ** 2 <= SMALL:
-        sizes, layers = [c * side ** 2, *HIDDEN_D], [nn.Flatten()]
-        for i, o in pairwise(sizes):
+        layers, features = [nn.Flatten()], HIDDEN_D[-1]
+        for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), nn.SiLU()]
     else:
         widths, small = channels(side)
-        sizes, layers = [widths[-1] * small ** 2], []
+        layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
         layers.append(nn.Flatten())
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1), nn.Flatten(0))
+    return nn.Sequential(*layers, nn.Linear(features, 1), nn.Flatten(0))
 
 
 def encoder(d_z, c, side):
@@ -149,7 +152,7 @@ def encoder(d_z, c, side):
 
 def train_generator(run, args, G, D, images):
     """Trains G against D; returns an average of G's weights, over about a quarter of the steps."""
-    lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # the rates are for 28 pixels
+    lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # LR_G and LR_D are for 28 pixels
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
                     for net, lr in ((G, LR_G), (D, LR_D)))
     rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
@@ -216,16 +219,15 @@ def trained(run, args, images):
     G, D, E = (net.to(run.device) for net in (
         generator(args.z_dim, c, side), discriminator(c, side), encoder(args.z_dim, c, side)))
     flags = ("seed", "z_dim", "steps", "encoder_steps", "batch")
-    decided = {"shape": str([c, side, side]), "data": images.name} | {
-        name: str(getattr(args, name)) for name in flags} | {
-        "train_stamp": images.stamp}  # what the weights depend on
+    decided = {"shape": str([c, side, side]), "data": images.name,  # what the weights depend on
+               **{name: str(getattr(args, name)) for name in flags}, "train_stamp": images.stamp}
     path = args.out / "generator.pt"
     if path.exists():
         kept = common.load_kept(path, ("G", "E"), decided)
     else:
-        for name in run.each(["generator"]):
+        for name in run.each(["generator"]):  # once, or not at all if --resume has it
             run.done[name] = train_generator(run, args, G, D, images)
-        G.load_state_dict(run.done["generator"])  # it may be from before --resume
+        G.load_state_dict(run.done["generator"])  # the averaged weights, not G's last ones
         for name in run.each(["encoder"]):
             run.done[name] = train_encoder(run, args, G, E, images)
         kept = {"settings": decided, "G": run.done["generator"], "E": run.done["encoder"]}
@@ -239,7 +241,7 @@ def trained(run, args, images):
 # --- measures ----------------------------------------------------------------------------------
 
 def report(x, x_rec, z, z_true, y):
-    """Errors of x_rec [N, C, H, W] beside x in [-1, 1] units; with labels y [N] for each class too.
+    """Errors of x_rec [N, C, H, W] against x in [-1, 1] units; with labels y for each class too.
 
     mse: mean over all pictures; psnr: 10 log10(2² / mse), dB; found: share with an error below
     FOUND; norm: of z [N, d], about √d for draws of N(0, I); z error: mean (z - z_true)², which is 2
@@ -264,8 +266,8 @@ def worst_window(x, x_rec, width):
     return value, at // means.shape[3], at % means.shape[3]
 
 
-def optimise(G, x, z0, steps, lr, label):
-    """invert(), CHUNK rows of z at a time; shows its progress."""
+def invert_in_parts(G, x, z0, steps, lr, label):
+    """invert() for any number of pictures, CHUNK rows of z at a time; shows its progress."""
     at_once = max(1, CHUNK // z0.shape[1])
     parts = list(zip(x.split(at_once), z0.split(at_once)))
     show = common.progress(label, len(parts))
@@ -278,15 +280,14 @@ def optimise(G, x, z0, steps, lr, label):
 
 
 def invert_all(args, G, E, x, z_true, y, label):
-    """x by three methods: for each of them z, its pictures, the errors of all starts, numbers."""
-    torch.manual_seed(args.seed)
+    """Inverts x by three methods; for each: z, G(z), the errors of all starts, and report()."""
     z_random = torch.randn(len(x), args.starts, args.z_dim).to(x.device)
     z_encoder = torch.cat([E(part) for part in x.split(CHUNK)])[:, None]
     results = {}
     for method, z0, steps in (("random starts", z_random, args.invert_steps),
                               ("encoder", z_encoder, 0),
                               ("hybrid", z_encoder, args.starts * args.invert_steps)):
-        z, errors = optimise(G, x, z0, steps, args.invert_lr, f"{label}, {method}")
+        z, errors = invert_in_parts(G, x, z0, steps, args.invert_lr, f"{label}, {method}")
         x_rec = torch.cat([G(part) for part in z.split(CHUNK)])
         results[method] = {"z": z, "x_rec": x_rec, "errors": errors,
                            **report(x, x_rec, z, z_true, y)}
@@ -295,28 +296,29 @@ def invert_all(args, G, E, x, z_true, y, label):
 
 # --- figures -----------------------------------------------------------------------------------
 
-def figures(args, name, G, x, y, results, samples):
+def figures(args, name, G, targets, y, results, samples):
     """inversion.png, starts.png, worst.png, between.png."""
     title = f"Inversion on {name}, seed {args.seed}"
     common.save_panels(args.out / "inversion.png", [(label, [
-        (f"{method}\n{run['psnr']:.1f} dB", common.panel(beside(x[label][:32], run["x_rec"][:32])))
-        for method, run in methods.items()]) for label, methods in results.items()],
+        (f"{method}\n{found['psnr']:.1f} dB", common.panel(
+            beside(targets[label][:32], found["x_rec"][:32])))
+        for method, found in methods.items()]) for label, methods in results.items()],
         f"{title}: each picture left of what was found for it")
-    starts_figure(args.out / "starts.png", title, x["test"], results["test"])
+    starts_figure(args.out / "starts.png", title, targets["test"], results["test"])
 
-    best = results["test"]["hybrid"]  # what it leaves is the fault of G
-    pictures, columns = worst(x["test"], best["x_rec"], y)
+    best = results["test"]["hybrid"]  # G's own error is at most what it leaves
+    pictures, columns, rows = worst(targets["test"], best["x_rec"], y)
     common.save_panels(args.out / "worst.png", [("", [
         ("samples of G", common.panel(common.to_uint8(samples[:64]))),
-        ("worst windows of test pictures, each left\nof what was found"
-         + "; a row for each class" * (columns < 8), common.panel(pictures, columns))])], title,
+        ("worst windows of test pictures, each left\nof what was found" + rows,
+         common.panel(pictures, columns))])], title,
         size=3.2)
 
     common.save_panels(args.out / "between.png", [("", [
         ("between the z of two test pictures\n(the ends: what was found)",
          common.panel(common.to_uint8(G(between(best["z"]))), 9)),
-        ("between their pixels", common.panel(common.to_uint8(between(x["test"])), 9))])], title,
-        size=3.2)
+        ("between their pixels", common.panel(common.to_uint8(between(targets["test"])), 9))])],
+        title, size=3.2)
 
 
 def beside(x, x_rec):
@@ -342,22 +344,24 @@ def starts_figure(path, title, x, methods):
 
 
 def worst(x, x_rec, y):
-    """The 20 pictures with the worst windows, as many of each class, beside what was found; and
-    how many columns give each class a row, or 8 if it has four or more.
+    """The 20 pictures with the worst windows, equally many of each class, each left of what was
+    found; the number of columns, with which a class of up to 4 has a row; and words that say so.
     """
     width = x.shape[3] // 4
     value, top, left = worst_window(x, x_rec, width)
+    rows = "" if y is None else "; a row for each class"
     y = torch.zeros_like(top) if y is None else y
     groups = [(y == k).nonzero()[:, 0] for k in y.unique()]
     each = max(1, 20 // len(groups))
     chosen = torch.cat([group[value[group].argsort(descending=True)][:each]
                         for group in groups])[:20]
     top, left = (at[chosen].repeat_interleave(2) for at in (top, left))
-    return framed(beside(x[chosen], x_rec[chosen]), top, left, width), 2 * min(each, 4)
+    pictures = framed(beside(x[chosen], x_rec[chosen]), top, left, width)
+    return pictures, 2 * min(each, 4), rows if each <= 4 else ""
 
 
 def framed(x, top, left, width):
-    """x uint8 [N, C, H, W] in colour, with a red frame around the window of each picture."""
+    """Copies of x, uint8 [N, C, H, W], in colour, with a red frame around each window."""
     boxes = torch.stack([left, top, left + width - 1, top + width - 1], dim=1)[:, None].cpu()
     return torch.stack([draw_bounding_boxes(picture, box, colors="red")
                         for picture, box in zip(x.cpu(), boxes)])
@@ -394,23 +398,18 @@ def parse_args(argv=None):
         n_samples=1000))
 
 
-def check(args, images):
-    """Ends the run if the flags do not fit the data."""
-    common.check_side(images)
-    common.check_batch(args, images, "batch norm needs more than one picture")
-
-
 def print_tables(name, results):
     """Numbers by pictures and method; errors of test pictures by class, if the data have labels."""
     columns = ["mse", "psnr", "found", "norm", "z error"]
     common.print_table([f"{name}: pictures", "method", *columns], [
-        [label, method, *(f"{run[column]:.3g}" for column in columns)]
-        for label, methods in results.items() for method, run in methods.items()])
+        [label, method, *(f"{numbers[column]:.3g}" for column in columns)]
+        for label, methods in results.items() for method, numbers in methods.items()])
     methods = results["test"]
     classes = [column for column in methods["encoder"] if column.startswith("class")]
     if classes:
         common.print_table(["error of test pictures", *methods], [
-            [column, *(f"{run[column]:.4f}" for run in methods.values())] for column in classes])
+            [column, *(f"{numbers[column]:.4f}" for numbers in methods.values())]
+            for column in classes])
 
 
 def main(argv=None):
@@ -418,19 +417,21 @@ def main(argv=None):
     with common.Run(args) as run:
         images = common.load_images(args, run.device)
         test = common.load_images(args, run.device, train=False)
-        check(args, images)
+        common.check_side(images)
+        common.check_batch(args, images, "batch norm needs more than one picture")
         G, E = trained(run, args, images)
 
         torch.manual_seed(args.seed)
         z = torch.randn(args.n_samples, args.z_dim).to(run.device)
         samples = torch.cat([G(part) for part in z.split(1000)])
         common.save(common.to_uint8(samples).cpu(), args.out / "samples.pt")
-        x = {"generated": samples[:args.n_self], "test": common.to_float(test.x[:args.n_test])}
+        targets = {"generated": samples[:args.n_self],
+                   "test": common.to_float(test.x[:args.n_test])}
         y = None if test.y is None else test.y[:args.n_test]
-        results = {"generated": invert_all(args, G, E, x["generated"], z[:args.n_self], None,
+        results = {"generated": invert_all(args, G, E, targets["generated"], z[:args.n_self], None,
                                            "generated"),
-                   "test": invert_all(args, G, E, x["test"], None, y, "test")}
-        figures(args, images.name, G, x, y, results, samples)
+                   "test": invert_all(args, G, E, targets["test"], None, y, "test")}
+        figures(args, images.name, G, targets, y, results, samples)
         print_tables(images.name, results)
 
 

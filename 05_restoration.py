@@ -10,16 +10,19 @@ Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖², m is 1 where y was s
          draw the damage too.
 See      restored.png: six kinds of damage and their repair. noise.png: the same
          for normal noise. own.png alone if --image is given. The next run takes
-         G from generator.pt. Printed: PSNR on the hidden pixels. For a hidden
-         square on MNIST it is 12.3 dB; blind 8.4; 10.4 by the neighbours' mean.
-Differs  λ ‖z‖² in place of Yeh et al.'s loss of D; no weights near a hole; a
-         plain paste, no Poisson blending; z starts from the best of 2,000.
+         G from generator.pt. Printed: PSNR (peak signal-to-noise ratio, high is
+         good). On the pixels of a hidden square on MNIST it is 12.3 dB, blind
+         8.4, and 10.4 if they are filled with the mean of their neighbours.
+Differs  λ ‖z‖² in place of Yeh et al.'s penalty log(1 - D(G(z))); all seen
+         pixels weigh the same; a plain paste, no Poisson blending; the search
+         starts from the best of 2,000 random z.
 Try      --lam 0.03: do the repaired pictures gain or lose? Predict, then run.
 Run      python 05_restoration.py
          python 05_restoration.py --image photo.jpg --mask scribble.png
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,7 +70,7 @@ def restore(G, y, mask, z0, steps, lr, lam):
     """z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖² by Adam, from R starts for each of N pictures.
 
     y: [N, C, H, W] in [-1, 1]; mask: [N, 1, H, W], 1 = seen, 0 = hidden: what y holds there does
-    not matter; z0: [N, R, d]; lam: the variance of what G and the noise get wrong in one pixel. The
+    not matter; z0: [N, R, d]; lam: λ, the variance of one pixel's error, G's and that of noise. The
     rate falls from lr to 0 along a cosine. Returns z [N, d] of the start that ends lowest for each
     picture, and the objective [N, R] of all; a start that ends at nan loses to all others. Raises
     ValueError if the sizes do not fit, or if G is in training mode, in which batch norm would let
@@ -86,7 +89,7 @@ def restore(G, y, mask, z0, steps, lr, lam):
 
     for _ in range(steps):
         opt.zero_grad()
-        objective().sum().backward(inputs=[z])  # of a sum each row gets its own gradient
+        objective().sum().backward(inputs=[z])  # rows are independent: each gets its own gradient
         opt.step()
         rate.step()
     with torch.no_grad():
@@ -124,13 +127,13 @@ def holes(n, side, rng, count):
     radius = side / 8
     centre = radius + (side - 2 * radius) * torch.rand(n, count, 2, 1, 1, generator=rng)
     line = torch.arange(side) + 0.5
-    squares = (line[:, None] - centre[:, :, 0]) ** 2 + (line - centre[:, :, 1]) ** 2
-    return (squares > radius ** 2).all(dim=1).float()[:, None]
+    distance2 = (line[:, None] - centre[:, :, 0]) ** 2 + (line - centre[:, :, 1]) ** 2
+    return (distance2 > radius ** 2).all(dim=1).float()[:, None]
 
 
 MASKS = {"pepper": pepper, "square": square, "crosswalk": crosswalk,
-         **{f"{k} hole{'s' * (k > 1)}": lambda n, side, rng, k=k: holes(n, side, rng, k)
-            for k in (1, 2, 3)}}
+         "1 hole": partial(holes, count=1), "2 holes": partial(holes, count=2),
+         "3 holes": partial(holes, count=3)}
 
 
 # --- the baseline ------------------------------------------------------------------------------
@@ -162,10 +165,10 @@ def channels(side):
 
 
 def generator(d_z, c, side):
-    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
 
-    Convolutions: the fully connected layers of chapter 02 draw better digits, but so few directions
-    of z move them that not all digits are among them.
+    Convolutions, because the pictures of chapter 02's fully connected layers, though better drawn,
+    change along few directions of z: many test digits are not among them.
     """
     widths, small = channels(side)
     layers = [nn.Linear(d_z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
@@ -178,25 +181,28 @@ def generator(d_z, c, side):
 
 
 def discriminator(c, side):
-    """[B, C, side, side] -> logits [B]. No batch norm. Small grey pictures: fully connected."""
+    """[B, C, side, side] -> logits [B]. No batch norm.
+
+    Up to SMALL numbers in a picture: fully connected layers, else convolutions.
+    """
     if c * side ** 2 <= SMALL:
-        sizes, layers = [c * side ** 2, *HIDDEN_D], [nn.Flatten()]
-        for i, o in pairwise(sizes):
+        layers, features = [nn.Flatten()], HIDDEN_D[-1]
+        for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), nn.SiLU()]
     else:
         widths, small = channels(side)
-        sizes, layers = [widths[-1] * small ** 2], []
+        layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
         layers.append(nn.Flatten())
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1), nn.Flatten(0))
+    return nn.Sequential(*layers, nn.Linear(features, 1), nn.Flatten(0))
 
 
 # --- train -------------------------------------------------------------------------------------
 
 def train_generator(run, args, G, D, images):
     """Trains G against D; returns an average of G's weights, over about a quarter of the steps."""
-    lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # the rates are for 28 pixels
+    lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # LR_G and LR_D are for 28 pixels
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
                     for net, lr in ((G, LR_G), (D, LR_D)))
     rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
@@ -242,16 +248,15 @@ def trained(run, args, images):
     G, D = (net.to(run.device) for net in (
         generator(args.z_dim, c, side), discriminator(c, side)))
     fits = {"shape": str([c, side, side]), "z_dim": str(args.z_dim)}
-    decided = fits | {"data": images.name} | {
-        name: str(getattr(args, name)) for name in ("seed", "steps", "batch")} | {
-        "train_stamp": images.stamp}
+    decided = {**fits, "data": images.name, "seed": str(args.seed), "steps": str(args.steps),
+               "batch": str(args.batch), "train_stamp": images.stamp}
     path = args.out / "generator.pt"
     if args.generator:  # it may have been trained in any way, and on any data
         kept = common.load_kept(args.generator, ("G",), fits)
     elif path.exists():
         kept = common.load_kept(path, ("G",), decided)
     else:
-        for name in run.each(["generator"]):
+        for name in run.each(["generator"]):  # once, or not at all if --resume has it
             run.done[name] = train_generator(run, args, G, D, images)
         kept = {"settings": decided, "G": run.done["generator"]}
         common.save(kept, path)
@@ -279,8 +284,8 @@ def share_of_wins(a, b, x, where):
     return (errors[0] < errors[1]).float().mean().item()
 
 
-def nearest_starts(pool, y, mask, lam, r):
-    """The r of the pool's z whose pictures have the lowest objective of restore(): [N, r, d].
+def best_starts(pool, y, mask, lam, r):
+    """The r of the pool's z with the lowest objective of restore(), for each y: [N, r, d].
 
     pool: (z [P, d], their pictures [P, C, H, W]). With ‖m (x - y)‖² = m·x² - 2 m y·x + ‖m y‖²
     two matrix products compare every x with every y; the last term is the same for all x.
@@ -297,7 +302,7 @@ def repair(args, G, pool, y, mask, lam, label):
     show = common.progress(label, len(y))
     drawn = []
     for part, mask_part in zip(y.split(at_once), mask.split(at_once)):
-        z0 = nearest_starts(pool, part, mask_part, lam, args.starts)
+        z0 = best_starts(pool, part, mask_part, lam, args.starts)
         z, _ = restore(G, part, mask_part, z0, args.restore_steps, args.restore_lr, lam)
         drawn.append(G(z))
         show(sum(map(len, drawn)))
@@ -307,15 +312,15 @@ def repair(args, G, pool, y, mask, lam, label):
 def repair_by_all(args, G, pool, y, mask, label):
     """What each method makes of y, whose hidden pixels are black."""
     blind = repair(args, G, pool, y, torch.ones_like(mask), args.lam, f"{label}, blind")
-    known = repair(args, G, pool, y, mask, args.lam, f"{label}, known mask")
+    repaired = repair(args, G, pool, y, mask, args.lam, f"{label}, known mask")
     return {"damaged": y, "neighbours": neighbours(y, mask), "blind": blind,
-            "known mask": torch.where(mask == 1, y, known)}
+            "known mask": torch.where(mask == 1, y, repaired)}
 
 
 def mask_study(args, G, pool, x, masks):
     """For each kind of damage the pictures of all methods, and PSNR on hidden and on all pixels.
 
-    lost: share of the pictures whose hidden pixels the neighbours' mean repairs better.
+    lost: share of the pictures whose hidden pixels "neighbours" repairs better than "known mask".
     """
     results = {}
     for name, make in masks.items():
@@ -331,9 +336,9 @@ def mask_study(args, G, pool, x, masks):
 
 
 def noise_study(args, G, pool, x):
-    """The same for normal noise of standard deviation 0, 0.1, ..., 1; the baseline is a 3x3 mean.
+    """Pictures and PSNR for normal noise of standard deviation 0, 0.1, ..., 1; baseline: 3x3 mean.
 
-    What G and the noise get wrong has the variance λ + std² in each pixel, which takes λ's place.
+    λ + std², the variance of what G and the noise get wrong in one pixel, takes the place of λ.
     """
     results = {}
     everywhere = torch.ones_like(x[:, :1])
@@ -348,153 +353,6 @@ def noise_study(args, G, pool, x):
     return results
 
 
-# --- a picture of one's own --------------------------------------------------------------------
-
-def read_mask(path, height, width):
-    """1 = seen, 0 = hidden, [1, H, W], from a picture in which the hidden pixels are white."""
-    if path is None:
-        return torch.ones(1, height, width)
-    mask = (TF.to_tensor(common.open_picture(path, "L", "black")) < 0.5).float()
-    if mask.shape[1:] != (height, width):
-        common.fail(f"{path} is {mask.shape[2]}x{mask.shape[1]}, the picture is {width}x{height}: "
-                    "a mask has the size of its picture")
-    if mask.all() or not mask.any():
-        common.fail(f"{path} hides {'nothing' if mask.all() else 'everything'}: paint what is to "
-                    "be repaired white, all else black")
-    return mask
-
-
-def cut(args, x, mask, top, left, height, width, size):
-    """A part of x [C, H, W] and of its mask, resized; what hidden pixels hold does not matter."""
-    x, hidden = (TF.resized_crop(a, top, left, height, width, size, antialias=True)
-                 for a in (x * mask, 1 - mask))  # beyond the rim: 0, and seen
-    mask = (hidden < 0.1).float()  # a pixel is seen if nine tenths of it are
-    if not mask.any():
-        common.fail(f"{args.mask} hides all that is left of the picture at {size[1]}x{size[0]}")
-    return x / (1 - hidden).clamp(min=0.9), mask
-
-
-def over_squares(pool, x, side):
-    """F.max_pool2d or F.avg_pool2d of x [1, H, W] over the square of an odd side at each pixel."""
-    rows = pool(x, (side, 1), 1, (side // 2, 0))
-    return pool(rows, (1, side), 1, (0, side // 2))
-
-
-def darkness(x, mask):
-    """The share of its ground's light that each pixel of a grey x lacks: [1, H, W], 0 to 1.
-
-    Ink covers less than its ground and so differs more from the mean around it: if it is the
-    lighter one, x is inverted. A stroke is thinner than a quarter of the picture, so that every
-    square of this side shows some ground. The ground of a pixel is the lightest pixel of the
-    square around it in which that is darkest (a closing): it follows a shadow, and no stroke.
-    """
-    side = min(x.shape[1:]) // 8 * 2 + 1
-    mean, seen = (over_squares(F.avg_pool2d, a, side) for a in (x * mask, mask))
-    if torch.where(mask == 1, (x - mean / seen) ** 3, 0.0).sum() > 0:
-        x = 1 - x
-    light = over_squares(F.max_pool2d, torch.where(mask == 1, x, -math.inf), side)
-    ground = -over_squares(F.max_pool2d, torch.where(light == -math.inf, light, -light), side)
-    return torch.where(mask == 1, (ground - x) / ground.clamp(min=1e-6), 0.0)
-
-
-def otsu(values):
-    """The cut through values [N] in 0 to 1 that parts two classes best (Otsu 1979).
-
-    It has the largest n1 n2 (mean1 - mean2)², which is N² times the variance between the classes.
-    """
-    n, at = torch.histc(values, 256, 0, 1).double(), (torch.arange(256) + 0.5) / 256
-    n1, sum1 = n.cumsum(0), (n * at).cumsum(0)
-    n2, sum2 = n1[-1] - n1, sum1[-1] - sum1
-    between = n1 * n2 * (sum1 / n1.clamp(min=1) - sum2 / n2.clamp(min=1)) ** 2
-    return (between.argmax() + 1) / 256
-
-
-def pieces(where):
-    """Numbers [1, H, W], the same for all pixels of a connected piece of `where`; 0 elsewhere."""
-    numbers = torch.arange(1.0, where.numel() + 1).view(where.shape) * where
-    while True:  # a pixel takes the highest number beside it, then that of the pixel it began at
-        higher = F.max_pool2d(numbers, 3, 1, 1) * where
-        higher = torch.cat([torch.zeros(1), higher.flatten()])[higher.long()]
-        if torch.equal(higher, numbers):
-            return numbers.long()
-        numbers = higher
-
-
-def box(where):
-    """Of the true pixels of [1, H, W]: the first row and column, how many rows and columns."""
-    rows, columns = (where[0].any(dim=d).nonzero()[:, 0].tolist() for d in (1, 0))
-    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
-
-
-def find_digit(args, x, mask):
-    """The digit in a grey photo x [1, H, W]: its ink, 1 on 0, then top, left, rows and columns.
-
-    Ends the run if there is none, or if it is cut off; says what else may be wrong.
-    """
-    dark = darkness(x, mask)
-    ink = dark[(mask == 1) & (dark > otsu(dark[mask == 1]))]
-    pen = ink[ink > otsu(ink)].mean()  # not the ink's mean: soft rims and ruled lines are paler
-    if not pen >= 0.1:  # grain takes a twentieth of the light, a pale pencil a fifth; nan: no ink
-        common.fail(f"{args.image} is of one colour: there is no digit to see")
-    ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 1/4 of the pen or less is ground, 3/4 or more ink
-    stroke = ink > 0.5  # a pixel that the pen covers by half has half of its darkness
-    number = pieces(stroke | (mask == 0))  # a stroke may go on where it is hidden
-    amount = torch.bincount(number.flatten(), stroke.flatten())
-    largest = number == amount.argmax()
-    # the bar of a 5 is an eighth of it and nearer than a quarter of its length; a speck is smaller
-    reach = max(box(largest & stroke)[2:]) // 4 * 2 + 1
-    near = torch.isin(torch.arange(len(amount)),
-                      number[over_squares(F.max_pool2d, largest.float(), reach) == 1])
-    no_speck = amount > amount.max() / 20
-    mine = (near & no_speck)[number] & stroke
-    top, left, rows, columns = box(mine)
-    if not (0 < top < x.shape[1] - rows and 0 < left < x.shape[2] - columns):
-        common.fail(f"what looks like ink touches the rim of {args.image}: show a whole digit, on "
-                    "a sheet that fills the photo")
-    if (no_speck & ~near).any():
-        print(f"{args.image} shows more than one thing: the one with the most ink is taken; cut "
-              "the photo if the digit is another")
-    if mask[0, top:top + rows, left:left + columns].mean() < 0.5:
-        print(f"{args.mask} hides more than half of the digit: its size and middle are those of "
-              "what is left")
-    soft = over_squares(F.max_pool2d, mine.float(), max(rows, columns) // 20 * 2 + 1)
-    return ink * soft, top, left, rows, columns  # soft rims stay, as wide as one of G's pixels
-
-
-def own_picture(args, c, side):
-    """--image and --mask in G's form: x [1, C, side, side] in [-1, 1], mask [1, 1, side, side].
-
-    In colour: the middle square. In grey a digit is brought into the form of MNIST: light on dark,
-    the ink's longer side 20 pixels of 28, its centre of mass on pixel 14 of 0 to 27. What hidden
-    pixels hold does not matter.
-    """
-    x = TF.to_tensor(common.open_picture(args.image, "RGB" if c == 3 else "L", "white"))
-    height, width = x.shape[1:]
-    mask = read_mask(args.mask, height, width)
-    size = min(height, width)
-    top, left = (height - size) // 2, (width - size) // 2
-    if c == 1:
-        scale = 384 / max(height, width)  # fast, and G's 20 pixels are a 19th of it
-        x, mask = cut(args, x, mask, 0, 0, height, width,
-                      [math.ceil(scale * height), math.ceil(scale * width)])
-        x, *corner, rows, columns = find_digit(args, x, mask)
-        longer = max(rows, columns)
-        if longer < max(1, scale) * side / 2:
-            common.fail(f"the ink in {args.image} is {longer / max(1, scale):.0f} pixels long, and "
-                        f"{side / 2:.0f} is the least: go nearer, or cut the photo down to it")
-        size = math.ceil(1.4 * longer)
-        mass = [(x[0].sum(dim=d) @ torch.arange(1.0 * x.shape[2 - d]) / x.sum()).item()
-                for d in (1, 0)]
-        top, left = (min(max(math.floor(at + 1 - 14.5 / 28 * size), first + n - size), first)
-                     for at, first, n in zip(mass, corner, (rows, columns)))  # all ink inside
-    x, mask = cut(args, x, mask, top, left, size, size, [side, side])
-    if mask.all():
-        why = f"{args.mask} hides nothing that G sees" if args.mask else "there is no --mask"
-        print(f"{why}: G redraws the whole digit, blind; a mask of the photo's size, white where "
-              "the photo is damaged and black elsewhere, would have that alone repaired")
-    return torch.where(mask == 1, 2 * x - 1, -1.0)[None], mask[None]
-
-
 # --- figures -----------------------------------------------------------------------------------
 
 def first(x):
@@ -505,12 +363,12 @@ def first(x):
 def mask_figure(args, name, x, results):
     """restored.png: a row for each kind of damage."""
     rows = []
-    for damage, run in results.items():
-        y = run["pictures"]["damaged"]
+    for damage, result in results.items():
+        y = result["pictures"]["damaged"]
         blue = torch.tensor([-1.0, -0.5, 0.5], device=y.device).view(3, 1, 1)
-        shown = run["pictures"] | {"damaged": torch.where(run["mask"] == 1, y, blue)}
+        shown = result["pictures"] | {"damaged": torch.where(result["mask"] == 1, y, blue)}
         rows.append((damage, [("original\n", first(x)), *(
-            (f"{method}\n{run['psnr hidden'][method]:.1f} dB", first(pictures))
+            (f"{method}\n{result['psnr hidden'][method]:.1f} dB", first(pictures))
             for method, pictures in shown.items())]))
     common.save_panels(args.out / "restored.png", rows, f"Restoration on {name}, seed {args.seed}: "
                        "PSNR on hidden pixels (blue)", size=2.2)
@@ -520,7 +378,8 @@ def noise_figure(args, name, results):
     """noise.png: PSNR against the noise, and a row of pictures for three levels of it."""
     def draw(ax):
         for method in results[0.0]["psnr"]:
-            ax.plot(list(results), [run["psnr"][method] for run in results.values()], label=method)
+            psnrs = [result["psnr"][method] for result in results.values()]
+            ax.plot(list(results), psnrs, label=method)
         ax.set(xlabel="standard deviation of the noise", ylabel="PSNR in dB", ylim=(0, 40))
         ax.legend(loc="upper left", bbox_to_anchor=(1.05, 1)).set_in_layout(False)
 
@@ -533,11 +392,11 @@ def noise_figure(args, name, results):
 
 
 def own_figure(args, G, pool, x, mask):
-    """own.png: the photo, the reader's picture, what is hidden, what each method makes of it."""
+    """own.png: the photo, the same as G sees it and, with a --mask, what it hides; the repairs."""
     photo = common.open_picture(args.image, "RGB", "white")
     photo.thumbnail((600, 600))  # a panel has fewer pixels
     pictures = {"photo": TF.pil_to_tensor(photo)[None], "as G sees it": common.to_uint8(x)}
-    if mask.all():
+    if mask.all():  # no --mask, or one that hides nothing
         made = {"blind": repair(args, G, pool, x, mask, args.lam, "your picture, blind")}
     else:
         made = {"hidden": 1 - 2 * mask} | repair_by_all(args, G, pool, x, mask, "your picture")
@@ -582,9 +441,9 @@ def check(args, images):
 
 def masks_to_study(args, side):
     """All kinds of damage, or the reader's --mask for every test picture."""
-    if args.image or not args.mask:
+    if not args.mask:
         return MASKS
-    mask = read_mask(args.mask, side, side)
+    mask = common.read_mask(args.mask, side, side)
     return {"mask": lambda n, side, rng: mask.expand(n, 1, side, side)}
 
 
@@ -592,8 +451,9 @@ def study(args, G, pool, x, masks, name):
     """Repairs test pictures x: of every kind of damage, and of noise if there is no --mask."""
     results = mask_study(args, G, pool, x, masks)
     mask_figure(args, name, x, results)
-    noise = {} if args.mask else noise_study(args, G, pool, x[:args.n_noise])
-    if noise:
+    noise = {}
+    if not args.mask:
+        noise = noise_study(args, G, pool, x[:args.n_noise])
         noise_figure(args, name, noise)
     print_tables(name, results, noise)
 
@@ -602,16 +462,16 @@ def print_tables(name, results, noise):
     """PSNR by damage, hidden pixels alone and all; by strength of the noise."""
     methods = ["damaged", "neighbours", "blind", "known mask"]
     common.print_table([f"{name}: psnr hidden", "hidden", *methods, "lost"], [
-        [damage, f"{run['hidden']:.3f}", *(f"{run['psnr hidden'][m]:.1f}" for m in methods),
-         f"{run['lost']:.2f}"] for damage, run in results.items()])
+        [damage, f"{result['hidden']:.3f}", *(f"{result['psnr hidden'][m]:.1f}" for m in methods),
+         f"{result['lost']:.2f}"] for damage, result in results.items()])
     common.print_table(["psnr all", *methods], [
-        [damage, *(f"{run['psnr all'][m]:.1f}" for m in methods)]
-        for damage, run in results.items()])
+        [damage, *(f"{result['psnr all'][m]:.1f}" for m in methods)]
+        for damage, result in results.items()])
     if noise:
         methods = ["noisy", "3x3 mean", "G"]
         common.print_table(["psnr, noise of", *methods], [
-            [f"{std:.1f}", *(f"{run['psnr'][m]:.1f}" for m in methods)]
-            for std, run in noise.items()])
+            [f"{std:.1f}", *(f"{result['psnr'][m]:.1f}" for m in methods)]
+            for std, result in noise.items()])
 
 
 def main(argv=None):
@@ -620,8 +480,10 @@ def main(argv=None):
         images = common.load_images(args, run.device)
         check(args, images)
         c, side = images.x.shape[1:3]
-        masks = masks_to_study(args, side)  # read now: a wrong file is refused before the training
-        own = own_picture(args, c, side) if args.image else ()
+        if args.image:  # read now: a wrong file is refused before the training
+            own = common.own_picture(args, c, side)
+        else:
+            masks = masks_to_study(args, side)
         G = trained(run, args, images)
 
         torch.manual_seed(args.seed)

@@ -5,16 +5,17 @@ Papers   Tolstikhin et al. 2018, arXiv:1711.01558: the Wasserstein autoencoder.
 Idea     min mean (x - decode(z))² + λ penalty(z), z = encode(x). The penalty is
          small if the codes of a batch look like N(0, I): each coordinate has
          mean 0, variance 1, kurtosis 3                         -> moment_loss()
-         or E k(z, z') + E k(u, u') - 2 E k(z, u) = 0, u ~ N(0, I)  -> mmd_imq()
-         λ = 0.001 * 2^epoch, up to 2.048                            -> weight()
+         or the maximum mean discrepancy of codes and draws u of N(0, I) is 0:
+         MMD² = E k(z, z') + E k(u, u') - 2 E k(z, u), k a kernel   -> mmd_imq()
+         λ = 0.001, doubled after each 14th of the steps, to 2.048 -> weight()
 See      pictures.png: reconstructions, samples, and the way between two codes.
          cdf.png: the codes against N(0, 1) during the training. limits.png and
-         the first table: what the penalties do not see. On MNIST the codes of
-         the plain autoencoder have variance 27, so it decodes N(0, I) to fog;
-         with moments they have variance 0.99, and the samples are digits.
-Differs  λ doubles after each 14th of the training (in the course: after each
-         epoch). z has 8 coordinates, as in Tolstikhin et al. (in the course:
-         100), who have the same λ = 10 in all steps.
+         the first table: laws that are not normal, with small penalties. On
+         MNIST the codes of the plain autoencoder have variance 27, so draws of
+         N(0, I) decode to a blur; with moments it is 0.99, and digits come.
+Differs  In the course λ doubles after each epoch, and z has 100 coordinates; 8,
+         as here, in Tolstikhin et al., whose λ is 10 at all steps, and whose
+         error is a sum over the pixels.
 Try      Write 1.8 for the 3 in NORMAL: a uniform law has this kurtosis. What do
          the curves in cdf.png become? Predict, then run.
 Run      python 06_wae_moments.py --models moments
@@ -22,6 +23,7 @@ Run      python 06_wae_moments.py --models moments
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -40,16 +42,16 @@ SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which codes and pi
 
 NORMAL = torch.tensor([[0.0], [1.0], [3.0]])  # mean, variance, kurtosis of N(0, 1)
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel: the code of Tolstikhin et al. 2018
-EPOCHS = 14                      # parts of the training; λ doubles after each, 11 times
+PARTS = 14                       # λ doubles after each of the first 11 of these parts
 
 
 def moments(z):
     """Mean, variance and kurtosis of each coordinate of z [B, d]: three tensors [d].
 
-    Population moments, without B - 1: var = E (z - mean)², kurtosis = E (z - mean)⁴ / var², which
-    is 3 for a normal law (not the excess over it), and nan for a coordinate that is constant, or so
-    nearly that var² underflows: deviations below 1e-11 in float32.
-    Raises ValueError for fewer than 2 codes.
+    Averages over B, not B - 1: variance = mean (z - mean)², kurtosis = mean (z - mean)⁴ /
+    variance², which is 3 for a normal law (not the excess over it), and nan for a coordinate that
+    is constant, or whose deviations are below about 1e-11 in float32. Raises ValueError for fewer
+    than 2 codes.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"moments need codes [B, d] with B of 2 or more, not {tuple(z.shape)}")
@@ -62,8 +64,8 @@ def moments(z):
 def moment_loss(z):
     """Mean over coordinates and moments of (mean - 0)², (variance - 1)², (kurtosis - 3)².
 
-    Not 0 for a batch of N(0, I): about (1 + 2 + 24) / (3 B), because the
-    moments of a batch differ from those of its law by chance.
+    Not 0 for a batch of N(0, I): about (1 + 2 + 24) / (3 B), because the moments of a batch differ
+    from those of its law by chance.
     """
     found = torch.stack(moments(z))
     return F.mse_loss(found, NORMAL.to(found).expand_as(found))
@@ -80,28 +82,15 @@ def mmd_imq(z, z_prior):
         raise ValueError(f"MMD needs two sets of 2 or more codes of equal length, not "
                          f"{tuple(z.shape)} and {tuple(z_prior.shape)}")
 
-    def tens(a):  # the mean of a, rounded to a multiple of 10: exactly 0 if the codes are near 0
-        return 10 * (a.mean(dim=0) / 10).round()
-
-    def kernel(a, b):
-        squares = (a ** 2).sum(dim=1)[:, None] + (b ** 2).sum(dim=1) - 2 * a @ b.T
-        squares = squares.clamp(min=0)  # rounding makes some of them negative
+    def kernel(a, b):  # not by ‖a‖² + ‖b‖² - 2 a·b, in which small distances far from 0 are lost
+        squares = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         return sum(c / (c + squares) for c in (2 * a.shape[1] * scale for scale in SCALES))
 
     def within(a):
         k, n = kernel(a, a), len(a)
         return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
 
-    # Codes far from 0 are moved near it first, because a small ‖a - b‖² gets lost when a large
-    # ‖a‖² + ‖b‖² is rounded. Moving a and b by the same vector does not change their distance.
-    z_near, prior_near = z - tens(z), z_prior - tens(z)
-    return within(z_near) + within(z_prior - tens(z_prior)) - 2 * kernel(z_near, prior_near).mean()
-
-
-def weight(step, steps):
-    """λ at a step of 1 ... steps: 0.001, doubled after each of EPOCHS equal parts up to 2.048."""
-    epoch = EPOCHS * (step - 1) // steps
-    return 0.001 * 2 ** min(epoch, 11)
+    return within(z) + within(z_prior) - 2 * kernel(z, z_prior).mean()
 
 
 def mmd_loss(z):
@@ -109,9 +98,13 @@ def mmd_loss(z):
     return mmd_imq(z, torch.randn_like(z))
 
 
-# The loss of each model is the error + factor * weight() * penalty. The factor is 0 for the plain
-# autoencoder (ae): its moment loss is logged and not descended.
-PENALTIES = {"ae": (moment_loss, 0.0), "moments": (moment_loss, 1.0), "mmd": (mmd_loss, 1.0)}
+def weight(step, steps):
+    """λ at a step of 1 ... steps: 0.001, doubled after each of PARTS equal parts up to 2.048."""
+    part = PARTS * (step - 1) // steps
+    return 0.001 * 2 ** min(part, 11)
+
+
+PENALTIES = {"ae": moment_loss, "moments": moment_loss, "mmd": mmd_loss}  # of ae: only logged
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -130,14 +123,14 @@ class Autoencoder(nn.Module):
         widths, small = channels(side)
         features = widths[-1] * small ** 2
         layers = []
-        for i, o in zip([c, *widths], widths):
+        for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1),
                        nn.BatchNorm2d(o), nn.SiLU()]
         self.encode = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, HIDDEN),
                                     nn.BatchNorm1d(HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, d_z))
         layers = [nn.Linear(d_z, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.SiLU(),
                   nn.Linear(HIDDEN, features), nn.Unflatten(1, (widths[-1], small, small))]
-        for i, o in zip(widths[::-1], [*widths[-2::-1], c]):
+        for i, o in pairwise([*widths[::-1], c]):
             layers += [nn.BatchNorm2d(i), nn.SiLU(),
                        nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1)]
         self.decode = nn.Sequential(*layers, nn.Tanh())
@@ -152,9 +145,9 @@ def in_parts(net, x):
 # --- train -------------------------------------------------------------------------------------
 
 def train(run, args, name, images, test):
-    """Trains one model; returns its network and the codes [n_samples, d_z] of its samples.
+    """Trains one model; returns its network and the u ~ N(0, I) that its samples are decoded from.
 
-    run.kept: codes of test pictures, by the step after which they were taken.
+    u: [n_samples, d_z]. run.kept: codes of test pictures, by the step after which they were taken.
     """
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
@@ -163,21 +156,20 @@ def train(run, args, name, images, test):
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)
     batches = run.batches(images, args.batch)
-    penalty, factor = PENALTIES[name]
 
     for step in run.steps(args.steps, net=net, opt=opt, rate=rate):
         # x -> z -> x_rec: descend the error plus λ times the distance of the codes to N(0, I)
         x = next(batches)[0]
         z = net.encode(x)
         mse = F.mse_loss(net.decode(z), x)
-        distance = penalty(z)
-        weighted = factor * weight(step, args.steps) * distance
-        loss = mse + weighted
+        distance = PENALTIES[name](z)
+        lam = 0.0 if name == "ae" else weight(step, args.steps)
+        loss = mse + lam * distance
         opt.zero_grad()
         loss.backward()
         opt.step()
         rate.step()
-        run.log(loss=loss, mse=mse, penalty=distance, weighted=weighted)
+        run.log(loss=loss, mse=mse, penalty=distance, weighted=lam * distance)
         if run.at(SHOTS):
             net.eval()
             run.kept[step] = in_parts(net.encode, common.to_float(test.x[:args.n_codes])).cpu()
@@ -192,25 +184,26 @@ def train(run, args, name, images, test):
 def results(args, name, net, u, images, test):
     """Numbers and pictures of a trained model; writes its samples, paths and weights."""
     x = common.to_float(test.x)
-    z = in_parts(lambda x: net.encode(common.to_float(x)), images.x)
+    z = in_parts(lambda part: net.encode(common.to_float(part)), images.x)
     z_test = in_parts(net.encode, x)
     samples = in_parts(net.decode, u)
+    # draws with the codes' own mean and standard deviation
     fitted = in_parts(net.decode, z.mean(dim=0) + z.std(dim=0) * u[:1000])
     common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
-    common.save(common.paths(lambda z: in_parts(net.decode, z), z_test[:N_PATHS]),
+    common.save(common.paths(lambda codes: in_parts(net.decode, codes), z_test[:N_PATHS]),
                 args.out / f"paths_{name}.pt")
     common.save(net.state_dict(), args.out / f"weights_{name}.pt")
     return {"pictures": pictures(net, x, z, samples, fitted),
             "codes": z.cpu(), "test codes": z_test.cpu(),
             "mse": F.mse_loss(in_parts(net.decode, z_test), x).item(),
-            "distance": nearest_distance(samples[:1000], images),
-            "fitted distance": nearest_distance(fitted, images)}
+            "distance": common.nearest(samples[:1000], images)[0].mean().item(),
+            "fitted distance": common.nearest(fitted, images)[0].mean().item()}
 
 
 def code_report(z, n):
     """Moments of the codes z [N, d], means over the coordinates, and both penalties.
 
-    mmd: MMD² between n of them and as many draws of N(0, I), which do not depend on z.
+    mmd: MMD² between the first n codes and n draws of N(0, I), the same draws in every call.
     """
     prior = torch.randn(n, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)
     mean, variance, kurtosis = (m.mean().item() for m in moments(z))
@@ -235,15 +228,6 @@ def three_points(n, d):
     return 3 ** 0.5 * (torch.multinomial(p, n * d, replacement=True).view(n, d) - 1.0)
 
 
-def nearest_distance(x, images):
-    """Mean distance of x [N, C, H, W] to the nearest of 10,000 training pictures, root mean square.
-
-    In [-1, 1] units. Blur lowers it: read it beside the picture.
-    """
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    return (torch.cdist(x.flatten(1), train).amin(dim=1) / train.shape[1] ** 0.5).mean().item()
-
-
 def limits(args, done):
     """code_report by name: of draws of three laws, and of the codes of each model."""
     torch.manual_seed(args.seed + 1)  # 0 is the seed of the draws in code_report
@@ -265,10 +249,10 @@ def pictures(net, x, z, samples, fitted):
     """
     near = x[:500].flatten(1)
     apart = torch.cdist(near, near).fill_diagonal_(math.inf)  # a picture is not like itself
-    x = x[torch.arange(max(32, len(near))) % len(x)]  # a small folder has fewer than are shown
+    x = x[torch.arange(max(32, len(near))) % len(x)]  # those of a small folder are repeated
     pairs = [(i, apart[i % len(near)].argmin().item()) for i in range(4)] + \
         [(i, i + 1) for i in range(0, 8, 2)]
-    a, b = (in_parts(net.encode, x[list(side)]) for side in zip(*pairs))
+    a, b = (in_parts(net.encode, x[list(ends)]) for ends in zip(*pairs))
     alpha = torch.linspace(0, 1, 9, device=x.device).view(9, 1, 1)
     between = ((1 - alpha) * a + alpha * b).transpose(0, 1).flatten(0, 1)
     x_rec = in_parts(net.decode, in_parts(net.encode, x[:32]))

@@ -1,22 +1,22 @@
-r"""07 - Three ways to hold D's slope, and two ways to score what G draws.
+r"""07 - Three ways to bound D's slope, and two ways to score what G draws.
 
-Papers   Arjovsky 2017, arXiv:1701.07875; Gulrajani 2017, arXiv:1704.00028;
-         Miyato 2018, arXiv:1802.05957; for the scores: Salimans 2016,
-         arXiv:1606.03498 (IS), Heusel 2017, arXiv:1706.08500 (FID)
-Idea     W1(p, q) = max of E_p D - E_q D over all D of slope <= 1  -> wgan_d()
-         To hold the slope, clip D's weights                       -> clip()
-         or divide each layer by its largest singular value -> spectral_norm()
-         or add λ E (‖∇D(x̂)‖ - 1)² to D's loss       -> gradient_penalty()
-         IS = exp E KL(p(y|x) ‖ p(y)) for classes y        -> inception_score()
-         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½)      -> frechet_distance()
+Papers   Arjovsky 2017, 1701.07875; Gulrajani 2017, 1704.00028; Miyato 2018,
+         1802.05957; scores: Salimans 2016, 1606.03498; Heusel 2017, 1706.08500
+Idea     D's slope is ‖∇D(x)‖, its gradient in the picture. W1, Wasserstein's
+         distance of p and q, is max E_p D - E_q D for slopes <= 1 -> wgan_d()
+         To bound the slope, clip D's weights (wgan)               -> clip()
+         or divide layers by their top singular value (sn) -> spectral_norm()
+         or add λ E (‖∇D(x̂)‖ - 1)² to the loss (wgan-gp) -> gradient_penalty()
+         IS = exp E KL(p(y|x) ‖ p(y)), classes y           -> inception_score()
+         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½), means and covariances of a
+         network's features of data and of samples        -> frechet_distance()
 See      samples.png; scores.png: both scores and D's slope while training;
-         truncation.png. On MNIST the FID is 11 for vanilla, 15 for sn, 11 for
-         wgan-gp, 59 for wgan: where the plain GAN is stable, they help little.
+         truncation.png. On MNIST the FID is 11 for vanilla, the plain GAN, and
+         wgan-gp, 15 for sn, 59 for wgan: a stable GAN gains little from them.
 Differs  Adam at 3e-4 to 2e-3, falling to 0 in the second half; one step of D to
-         one of G; an average of G's weights is kept; the logit of sn is 8 D(x).
-         The papers have rates up to 2e-4, often five steps of D, and a penalty
-         of weight 10. Grey pictures are scored by a small classifier of the
-         data, not by Inception: no score here compares with published ones.
+         one of G; the logit of sn is 8 D(x). In the papers: rates up to 2e-4,
+         often five steps of D, a penalty of weight 10. Grey pictures are scored
+         by a small classifier, so compare with no published score.
 Try      With --n-critic 5, which model loses the least? Predict, then run.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
@@ -37,8 +37,7 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 
 import common
 
-LR = 5e-4, 2e-3                  # Adam's rates at the start, of D and of G
-SMALL = 1024                     # numbers in a picture up to which networks are fully connected
+SMALL = 1024                     # numbers in a picture up to which layers are fully connected
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
 LAMBDA = 1.0                     # weight of the gradient penalty: Gulrajani 2017 has 10
@@ -46,12 +45,12 @@ SN_SCALE = 8.0                   # sn: the logit is so many times what a D of sl
 CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
 N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
 TREND = 0.6                      # share of the trend that stays from one score to the next
-LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of the truncated z
+LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of |z|, for truncation.png
 
 
 # --- the idea ----------------------------------------------------------------------------------
-# D's and G's loss, both to be minimised, means over the batch. real, fake [B]: D's logits, or
-# scores, of data and of G's pictures.
+# The losses of D and G, both to be minimised, means over the batch. real, fake [B]: what D says to
+# data and to G's pictures: logits for bce_d and nonsaturating_g, any numbers for wgan_d and wgan_g.
 
 def bce_d(real, fake):
     """-E log σ(real) - E log(1 - σ(fake)), nats (Goodfellow et al. 2014, eq. 1)."""
@@ -64,7 +63,11 @@ def nonsaturating_g(fake):
 
 
 def wgan_d(real, fake):
-    """E fake - E real: minus the estimate of W1, times D's Lipschitz constant (Arjovsky 2017)."""
+    """E fake - E real (Arjovsky et al. 2017). Minus this is at most K W1(data, fakes).
+
+    K: D's Lipschitz constant, its largest slope; the best D of this slope reaches K W1. W1: the
+    least mean distance over which the fakes can be moved onto the data.
+    """
     return fake.mean() - real.mean()
 
 
@@ -87,12 +90,12 @@ def clip(net, limit):
 def spectral_norm(weight, u, n_iter=1):
     """(σ, u): σ close to the largest singular value of weight [out, ...] seen as [out, rest].
 
-    n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖, u = W v / ‖W v‖, and then σ = ‖Wᵀu‖: half a
-    round more than Miyato et al. 2018, alg. 1, so that v need not be kept. u [out]: of length 1,
-    from the call before: weights move little in a step, so one round a call follows them. σ is
-    never above the true value; its gradient in the weight treats u and v as constants. Of a
-    convolution it is the matrix that is normalised, as in the paper; the convolution's slope may be
-    larger, by at most √(patches that hold a pixel): 2 for kernels of 4x4 with stride 2.
+    After n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖ and u = W v / ‖W v‖, v is computed once
+    more, and σ = uᵀ W v. (Miyato et al. 2018, alg. 1, stop half a round earlier.) u [out]: of
+    length 1, from the call before: weights move little in a step, so one round a call follows
+    them. σ is never above the true value; its gradient in the weight treats u and v as constants.
+    Of a convolution it is the matrix that is normalised, as in the paper; the convolution's slope
+    may be larger, by at most √n if each pixel lies in n patches: 2 for 4x4 with stride 2.
     """
     matrix = weight.flatten(1)
     with torch.no_grad():
@@ -104,11 +107,12 @@ def spectral_norm(weight, u, n_iter=1):
 
 
 class SpectralNorm(nn.Module):
-    """weight -> weight / σ: parametrize.register_parametrization(layer, "weight", SpectralNorm(w)).
+    """weight -> weight / σ.
 
-    Keeps u from call to call, and moves it in training mode alone. For Linear and Conv layers,
-    whose weights begin with `out`. That of a ConvTranspose2d begins with `in`: its σ is that of
-    [in, rest] here, where torch's spectral_norm takes [out, rest].
+    parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight)) puts it into a
+    layer. Keeps u from call to call, and moves it in training mode alone. For Linear and Conv
+    layers, whose weights begin with `out`. That of a ConvTranspose2d begins with `in`: its σ is
+    that of [in, rest] here, where torch's spectral_norm takes [out, rest].
     """
 
     def __init__(self, weight):
@@ -117,7 +121,7 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight):
         sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
-        if self.training and not u.is_inference():  # such a tensor could not be trained with later
+        if self.training and not u.is_inference():  # which no later training may use
             self.u = u
         return weight / sigma
 
@@ -125,7 +129,8 @@ class SpectralNorm(nn.Module):
 def gradient_norms(critic, x):
     """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where the gradient is 0.
 
-    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm).
+    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm), so
+    that the gradient of their sum holds one gradient for each example.
     """
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -136,14 +141,14 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
     """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
     One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
-    Add λ times this to the critic's loss (λ = 10 in the paper); x_fake detached, for G has no part
-    in it. Raises ValueError if the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     if x_real.shape != x_fake.shape:
         raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
-    return ((gradient_norms(critic, alpha * x_real + (1 - alpha) * x_fake) - 1) ** 2).mean()
+    x_hat = alpha * x_real + (1 - alpha) * x_fake
+    return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
 
 
 def inception_score(probs, splits=1):
@@ -151,8 +156,8 @@ def inception_score(probs, splits=1):
 
     probs [N, K]: rows of probabilities, in an order of no meaning (shuffle first). From 1 (all rows
     equal) to K (each row sure of one class, all classes equally often). A softmax taken twice still
-    gives rows of probabilities, and a score near 1. Raises ValueError for rows that are none
-    (logits), and for fewer rows than splits.
+    gives rows of probabilities, and a score near 1. Raises ValueError if a row is not a
+    probability distribution (logits, say), and for fewer rows than splits.
     """
     if not 1 <= splits <= len(probs):
         raise ValueError(f"{len(probs)} rows do not make {splits} splits")
@@ -174,15 +179,16 @@ def frechet_distance(features_a, features_b):
     """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), features [N, d] (Heusel et al. 2017).
 
     The squared W2 distance of two Gaussians with these means and covariances (unbiased, float64).
-    >= 0, and 0 for equal sets, up to rounding: where the covariances are singular, the result may
-    be as low as -1e-8 d of their traces. Raises ValueError for features that are not finite,
-    and for d rows or fewer: the result would say more of N than of the features.
+    C_a^½ C_b C_a^½ has the eigenvalues of C_a C_b, and is symmetric. >= 0, and 0 for equal sets, up
+    to rounding: where the covariances are singular, the result may be as low as -1e-8 d (tr C_a +
+    tr C_b). Raises ValueError for features that are not finite, and for d rows or fewer: the result
+    would say more of N than of the features.
     """
     d = features_a.shape[1]
     for features in (features_a, features_b):
         if len(features) < d + 1 or features.shape[1] != d:
             raise ValueError(f"{tuple(features_a.shape)}, {tuple(features_b.shape)}: needs the "
-                             f"same d and at least d + 1 rows in both")
+                             "same d and at least d + 1 rows in both")
         if not features.isfinite().all():
             raise ValueError("some features are not finite")
     a, b = features_a.double(), features_b.double()
@@ -220,14 +226,14 @@ def channels(side, width):
 
 
 def generator(d_z, c, side):
-    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Starts with normal weights of 0.02.
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
 
-    Of small grey pictures: fully connected layers, and few convolutions at the end.
+    Up to SMALL numbers in a picture: fully connected layers first, and narrow convolutions.
     """
     dense = c * side ** 2 <= SMALL
     widths, small = channels(side, 8 if dense else 32)
     layers = []
-    for i, o in pairwise([d_z, *HIDDEN_G * dense, widths[-1] * small ** 2]):
+    for i, o in pairwise([d_z, *(HIDDEN_G if dense else []), widths[-1] * small ** 2]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
     layers.append(nn.Unflatten(1, (widths[-1], small, small)))
     for i, o in pairwise([*widths[::-1], c]):
@@ -239,26 +245,27 @@ def generator(d_z, c, side):
 
 
 def discriminator(c, side, sn):
-    """[B, C, side, side] -> logits or scores [B]. No batch norm; of what layers: see generator.
+    """[B, C, side, side] -> [B]: logits, or for the Wasserstein loss any numbers. No batch norm.
 
-    sn: every layer has spectral norm. Power iteration needs some passes of D to find the σ: the
-    largest singular value of a layer is up to 1.6 at first, and at most 1.05 after 20 passes.
+    Up to SMALL numbers in a picture: fully connected layers, else convolutions. sn: every layer has
+    spectral norm. Power iteration needs some passes of D to find the σ: the largest singular value
+    of a layer is up to 1.6 at first, and at most 1.05 after 20 passes.
     """
     # SiLU is smooth, as a penalty on ∇D wants it; but its slope is 1/2 at 0, and where no layer may
     # amplify, one after the other would halve what comes through
     activation = nn.LeakyReLU(0.2) if sn else nn.SiLU()
     if c * side ** 2 <= SMALL:
-        sizes, layers = [c * side ** 2, *HIDDEN_D], [nn.Flatten()]
-        for i, o in pairwise(sizes):
+        layers, features = [nn.Flatten()], HIDDEN_D[-1]
+        for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), activation]
     else:
         widths, small = channels(side, 32)
-        sizes, layers = [widths[-1] * small ** 2], []
+        layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), activation]
             nn.init.kaiming_normal_(layers[-2].weight)  # torch's start is smaller: D stays at 1/2
         layers.append(nn.Flatten())
-    layers += [nn.Linear(sizes[-1], 1), nn.Flatten(0)]
+    layers += [nn.Linear(features, 1), nn.Flatten(0)]
     for layer in layers:
         if sn and isinstance(layer, (nn.Conv2d, nn.Linear)):
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
@@ -266,34 +273,33 @@ def discriminator(c, side, sn):
 
 
 class Model(NamedTuple):
-    """What both players descend, and what holds the slope of D."""
+    """What both players descend, and what bounds the slope of D."""
     d: Callable                  # (real, fake) -> loss of D
     g: Callable                  # fake -> loss of G
-    penalty: Callable = lambda D, x, x_fake: 0.0  # added to D's loss
-    after_d: Callable = lambda D: None            # done to D after each of its steps
+    clip: float = math.inf       # D's weights stay in [-clip, clip]
     sn: bool = False             # D with spectral norm
-    lr: tuple = LR               # of D, of G
+    scale: float = 1.0           # the losses see so many times what D says
+    penalty: float = 0.0         # weight of the gradient penalty in D's loss
+    lr: tuple = (5e-4, 2e-3)     # Adam's rates at the start, of D and of G
     beta2: float = 0.9           # of Adam; beta1 is 0
 
     def loss_d(self, D, x, x_fake):
         """What D descends. Data and fakes go through D in one pass."""
-        real, fake = D(torch.cat([x, x_fake])).split(len(x))
-        return self.d(real, fake) + self.penalty(D, x, x_fake)
+        real, fake = (self.scale * D(torch.cat([x, x_fake]))).split(len(x))
+        loss = self.d(real, fake)
+        return loss + self.penalty * gradient_penalty(D, x, x_fake) if self.penalty else loss
 
     def loss_g(self, D, x_fake):
         """What G descends."""
-        return self.g(D(x_fake))
+        return self.g(self.scale * D(x_fake))
 
 
 MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
-    "sn": Model(lambda real, fake: bce_d(SN_SCALE * real, SN_SCALE * fake),
-                lambda fake: nonsaturating_g(SN_SCALE * fake), sn=True, lr=(3e-4, 2e-3),
-                beta2=0.999),
-    "wgan": Model(wgan_d, wgan_g, after_d=lambda D: clip(D, CLIP), lr=(1e-3, 1e-3)),
+    "sn": Model(bce_d, nonsaturating_g, sn=True, scale=SN_SCALE, lr=(3e-4, 2e-3), beta2=0.999),
+    "wgan": Model(wgan_d, wgan_g, clip=CLIP, lr=(1e-3, 1e-3)),
     "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
-    "wgan-gp": Model(wgan_d, wgan_g, penalty=lambda D, x, x_fake:
-                     LAMBDA * gradient_penalty(D, x, x_fake), lr=(1e-3, 2e-3)),
+    "wgan-gp": Model(wgan_d, wgan_g, penalty=LAMBDA, lr=(1e-3, 2e-3)),
 }
 
 
@@ -335,7 +341,8 @@ def train(run, args, model, n_critic, images, ruler):
     """Trains one model; returns G and its pictures, uint8 [n_samples, C, H, W].
 
     n_critic: D's steps to one of G. Every model makes --steps steps of D and G together, so that a
-    high n_critic is paid for with steps of G.
+    high n_critic is paid for with steps of G. run logs, saves and draws: run.due(10) is true 10
+    times, run.note adds to the row of that step, run.shoot adds pictures to process.png.
     """
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
@@ -345,9 +352,9 @@ def train(run, args, model, n_critic, images, ruler):
     D = discriminator(c, side, model.sn).to(run.device)
     lr_d, lr_g = model.lr
     lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
-    opt_d, opt_g = (torch.optim.Adam(net.parameters(), lr, (0.0, model.beta2), fused=True)
-                    for net, lr in ((D, lr_d), (G, lr_g)))
-    rate_d, rate_g = (common.fading(opt, steps) for opt in (opt_d, opt_g))
+    opt_d = torch.optim.Adam(D.parameters(), lr_d, (0.0, model.beta2), fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), lr_g, (0.0, model.beta2), fused=True)
+    rate_d, rate_g = common.fading(opt_d, steps), common.fading(opt_g, steps)
     average = common.average_of(G, steps)
     batches = run.batches(images, args.batch)
 
@@ -361,9 +368,10 @@ def train(run, args, model, n_critic, images, ruler):
             opt_d.zero_grad()
             loss_d.backward()
             opt_d.step()
-            model.after_d(D)
+            if model.clip < math.inf:
+                clip(D, model.clip)
 
-        # G's half: descend its loss through D, D untouched
+        # G's half: descend its loss. The gradient flows through D, but is kept for G alone (inputs)
         loss_g = model.loss_g(D, x_fake)
         opt_g.zero_grad()
         loss_g.backward(inputs=tuple(G.parameters()))
@@ -379,10 +387,19 @@ def train(run, args, model, n_critic, images, ruler):
             run.note(slope=slope(D, torch.cat([x, x_fake])),
                      **ruler.glance(average, z_fixed[:args.n_score]))
         if run.at(SHOTS):
-            run.shoot(common.to_float(generate(average, z_fixed[:36])))
+            run.shoot(generate(average, z_fixed[:36]))
 
     common.settle(average, z_fixed)
-    return average.module, generate(average, z_fixed)
+    return average.module, common.to_uint8(generate(average, z_fixed))
+
+
+@torch.no_grad()
+def generate(G, z):
+    """G(z) with the batch norm of evaluation, a thousand at a time."""
+    G.eval()
+    x = torch.cat([G(part) for part in z.split(1000)])
+    G.train()
+    return x
 
 
 def train_classifier(run, args, name, images, test):
@@ -397,7 +414,7 @@ def train_classifier(run, args, name, images, test):
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
     batches = run.batches(images, 128 - 128 % common.processes())
 
-    for training in run.each(["classifier"]):
+    for _ in run.each(["classifier"]):  # once, or not at all if --resume has it
         if path.exists():
             net.load_state_dict(common.load_kept(path, ("net",), expected)["net"])
         else:
@@ -411,7 +428,7 @@ def train_classifier(run, args, name, images, test):
                 run.log(loss=loss)
             common.save({"settings": expected, "net": net.state_dict()}, path)
         run.rows.clear()  # the losses of the classifier are of no use beside those of the GANs
-        run.done[training] = net.state_dict()
+        run.done["classifier"] = net.state_dict()
 
     net.load_state_dict(run.done["classifier"])
     correct = read(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
@@ -422,15 +439,20 @@ def train_classifier(run, args, name, images, test):
 # --- measures ----------------------------------------------------------------------------------
 
 class Ruler(NamedTuple):
-    """What scores are read with; those of two rulers do not compare."""
+    """The network that scores pictures, and the real ones that they are compared with.
+
+    Scores of two rulers do not compare. Without a network there are no scores: all is empty.
+    """
     name: str                    # "digit", "fashion" or "Inception"
-    net: Callable                # x in [-1, 1] -> features [B, d], logits [B, K]
+    net: Callable                # x in [-1, 1] -> features [B, d], logits [B, K]; or None
     reference: torch.Tensor      # features of real pictures [N, d], on the CPU
     real: torch.Tensor           # other real pictures, uint8, to see what a perfect score is
     own: bool = True             # trained on this data, so that its classes are those of the data
 
     def score(self, x):
         """FID, IS, and of an own network's classes KL(their shares ‖ uniform), nats; x: uint8."""
+        if self.net is None:
+            return {}
         features, probs = read(self.net, x)
         numbers = {"FID": frechet_distance(features, self.reference),
                    "IS": inception_score(probs)[0]}
@@ -442,10 +464,12 @@ class Ruler(NamedTuple):
 
     def glance(self, G, z):
         """Scores of G while it trains; none by Inception, which would take minutes each time."""
-        return self.score(generate(G, z)) if self.own else {}
+        return self.score(common.to_uint8(generate(G, z))) if self.own else {}
 
     def calibration(self, images, seed, n=N_SAMPLES):
-        """Measures of n pictures that need no judge: real ones, and noise."""
+        """The two ends of the scale: measures of n real pictures, and of n pictures of noise."""
+        if self.net is None:
+            return {}
         rng = torch.Generator().manual_seed(seed)
         noise = torch.randint(256, self.real[:n].shape, dtype=torch.uint8, generator=rng)
         real = measure(self, self.real[:n], images)
@@ -455,21 +479,16 @@ class Ruler(NamedTuple):
                 "noise": measure(self, noise.to(self.real.device), images)}
 
 
-class NoRuler:
-    """In the place of a Ruler where there are no scores; says why. All that it tells is empty."""
-    name, own = "no", False
-
-    def __init__(self, args, why):
-        (common.fail if args.score else print)(f"no scores: {why}")
-
-    def score(self, *_):
-        return {}
-
-    glance = calibration = score
+def no_ruler(args, why):
+    """A Ruler without a network; says why, and ends a run that was to score files."""
+    if args.score:
+        common.fail(f"no scores: {why}")
+    print(f"no scores: {why}")
+    return Ruler("no", None, None, None, own=False)
 
 
 def make_ruler(run, args, images, test):
-    """For grey pictures a Ruler by a classifier of them, for colour by Inception, or NoRuler."""
+    """For grey pictures a Ruler by a classifier of them, for colour by Inception, or by none."""
     if images.x.shape[1] == 1:
         name = "fashion" if images.name.startswith("Fashion") else "digit"
         net = train_classifier(run, args, name, images, test)
@@ -477,20 +496,21 @@ def make_ruler(run, args, images, test):
     weights, d = Inception_V3_Weights.IMAGENET1K_V1, 2048
     reference, real = (test.x, images.x) if len(test.x) > d else (images.x[::2], images.x[1::2])
     if min(len(real), args.n_samples) <= d:
-        return NoRuler(args, f"a distance of {d} features needs {d + 1} samples and {2 * d + 2} "
-                             f"training pictures; here are {args.n_samples} and {len(images.x)}")
+        return no_ruler(args, f"a distance of {d} features needs {d + 1} samples and {2 * d + 2} "
+                              f"training pictures; here are {args.n_samples} and {len(images.x)}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
     try:
         state = weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception:  # no network, or a broken file: the answer is the same
-        return NoRuler(args, "colour pictures are scored by Inception v3, and its weights cannot "
-                             f"be had: put torchvision's {Path(weights.url).name} into "
-                             f"{Path(torch.hub.get_dir()) / 'checkpoints'}")
+        return no_ruler(args, "colour pictures are scored by Inception v3, and its weights cannot "
+                              f"be had: put torchvision's {Path(weights.url).name} into "
+                              f"{Path(torch.hub.get_dir()) / 'checkpoints'}")
     finally:
         socket.setdefaulttimeout(before)
     net = Inception(state).to(run.device).eval()
-    return Ruler("Inception", net, read(net, reference[:N_SAMPLES])[0], real[:N_SAMPLES], own=False)
+    return Ruler("Inception", net, read(net, reference[:N_SAMPLES])[0], real[-N_SAMPLES:],
+                 own=False)
 
 
 @torch.no_grad()
@@ -509,36 +529,19 @@ def slope(D, x):
     return norms.mean().item()
 
 
-def nearest_distance(x, images):
-    """Mean distance of x [N, C, H, W] to the nearest of 10,000 training pictures, root mean square.
-
-    In [-1, 1] units. Blur lowers it: read it beside the picture.
-    """
-    train = common.to_float(images.x[:10_000]).flatten(1)
-    return (torch.cdist(x.flatten(1), train).amin(dim=1) / train.shape[1] ** 0.5).mean().item()
-
-
-@torch.no_grad()
-def generate(G, z):
-    """G(z) with the batch norm of evaluation, a thousand at a time, as uint8."""
-    G.eval()
-    x = torch.cat([common.to_uint8(G(part)) for part in z.split(1000)])
-    G.train()
-    return x
-
-
 def measure(ruler, x, images):
     """Scores and distance of pictures x, uint8, how many they are, and 64 of them for a figure."""
+    distances, _ = common.nearest(common.to_float(x[:N_NEAREST]), images)
     return {"n": len(x), **ruler.score(x), "pictures": x[:64].cpu().clone(),
-            "distance": nearest_distance(common.to_float(x[:N_NEAREST]), images)}
+            "distance": distances.mean().item()}
 
 
 def path_measure(net, x):
     """What lies in the middle of the ways x, uint8 [N, 3, C, H, W]: start, middle, end.
 
     third: share of the middles that net reads as a class of neither end; confidence: mean of its
-    highest probability there; ground: how light, from 0 to 1, the middle is where both ends are
-    black (darker than 5 %).
+    highest probability over all middles; ground: mean lightness, 0 to 1, of those pixels of the
+    middles that are black (darker than 5 %) at both ends.
     """
     probs = [read(net, part)[1] for part in x.unbind(dim=1)]
     start, middle, end = (p.argmax(dim=1) for p in probs)
@@ -552,7 +555,7 @@ def print_measures(title, ruler, measured, columns):
     """A table with one row for each name of `measured`."""
     header = [f"{ruler.name} {column}" if column in ("FID", "IS") else column for column in columns]
     common.print_table([title, *header], [
-        [name, *(f"{numbers.get(column, math.nan):{',' if column == 'n' else '.3g'}}"
+        [name, *(f"{numbers[column]:,}" if column == "n" else f"{numbers.get(column, math.nan):.3g}"
                  for column in columns)] for name, numbers in measured.items()])
 
 
@@ -605,32 +608,32 @@ def draw_samples(path, images, measured, title):
     """Pictures of the data and of all that was measured."""
     cells = [("data\n", common.panel(images.x[:64]))]
     for label, numbers in measured.items():
-        *_, folder, name = ["", *Path(label.removesuffix(".pt")).parts]  # of a file: its folder too
-        label = f"{folder}\n{name.removeprefix('samples_')}".strip()
+        path_of = Path(label.removesuffix(".pt"))  # of a file: its folder, and its name
+        label = f"{path_of.parent.name}\n{path_of.name.removeprefix('samples_')}".strip()
         scores = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
         cells.append((f"{label}\n{scores}", common.panel(numbers["pictures"])))
     n = 3 if len(cells) <= 6 else 4  # in a row
     common.save_panels(path, [("", cells[i:i + n]) for i in range(0, len(cells), n)], title)
 
 
-def draw_scores(args, images, labels, log, ruler):
+def draw_scores(args, images, names, log, ruler):
     """scores.png: scores and D's slope while training, five models in a row of panels."""
     columns = ["FID", "IS", "slope"] if ruler.own else ["slope"]
-    groups = [labels[i:i + 5] for i in range(0, len(labels), 5)]
+    groups = [names[i:i + 5] for i in range(0, len(names), 5)]
     fig, axes = common.figure(len(groups), len(columns), 3.3 * len(columns) + 1.2,
                               2.9 * len(groups) + 0.4, f"{images.name}, seed {args.seed}: "
                               f"scores of {args.n_score:,} pictures (thin) and their trend (thick)")
     for line, group in zip(axes, groups):
         for ax, column in zip(line, columns):
-            for label in group:
-                rows = [row for row in log if row["model"] == label and column in row]
+            for name in group:
+                rows = [row for row in log if row["model"] == name and column in row]
                 steps, values = [row["step"] for row in rows], [row[column] for row in rows]
-                thick, = ax.plot(steps, trend(values), label=label)
+                thick, = ax.plot(steps, trend(values), label=name)
                 ax.plot(steps, values, color=thick.get_color(), linewidth=0.6, alpha=0.5)
             ax.set(title="slope of D: mean ‖∇D‖" if column == "slope" else f"{ruler.name} {column}",
                    xlabel="step of G")
-        ax.set_yscale("log")  # of the slope
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        line[-1].set_yscale("log")  # of the slope
+        line[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     common.save_figure(fig, args.out / "scores.png")
 
 
@@ -642,7 +645,7 @@ def trend(values):
     return smooth
 
 
-def truncation(args, images, ruler, label, weights):
+def truncation(args, images, ruler, name, weights):
     """truncation.png and its table: one G whose z lie within a limit, measured for each limit."""
     G = generator(args.z_dim, *images.x.shape[1:3]).to(images.x.device)
     G.load_state_dict(weights)
@@ -650,10 +653,10 @@ def truncation(args, images, ruler, label, weights):
     for limit in LIMITS:
         z = truncated_normal(args.n_samples // 2, args.z_dim, limit, rng).to(images.x.device)
         measured[f"|z| < {limit:g}" if limit < math.inf else "any z"] = measure(
-            ruler, generate(G, z), images)
-    draw_samples(args.out / "truncation.png", images, measured, f"{label} on {images.name}, seed "
+            ruler, common.to_uint8(generate(G, z)), images)
+    draw_samples(args.out / "truncation.png", images, measured, f"{name} on {images.name}, seed "
                  f"{args.seed}, {args.n_samples // 2:,} samples for each limit of |z|")
-    print_measures(f"{label}, truncated z", ruler, measured, ["n", "FID", "IS", "KL", "distance"])
+    print_measures(f"{name}, truncated z", ruler, measured, ["n", "FID", "IS", "KL", "distance"])
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -668,7 +671,7 @@ def parse_args(argv=None):
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=common.number(int, 1), default=4400,
-                   help="of D and G together, in each training")
+                   help="of D and G together, in each training (in chapter 02 of G alone)")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
@@ -683,23 +686,23 @@ def parse_args(argv=None):
 
 def train_models(run, args, images, ruler):
     """Trains every model with every n_critic; draws, prints and writes what they have come to."""
-    known = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
-             for n in args.n_critic for name in args.models}
-    for label in run.each(known):
-        G, samples = train(run, args, *known[label], images, ruler)
-        common.save(samples.cpu(), args.out / f"samples_{label}.pt")
-        common.save(G.state_dict(), args.out / f"weights_{label}.pt")
-        run.done[label] = {"slope": run.rows[-1]["slope"], "G": G.state_dict(),
-                           **measure(ruler, samples, images)}
+    trainings = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
+                 for n in args.n_critic for name in args.models}
+    for name in run.each(trainings):
+        G, samples = train(run, args, *trainings[name], images, ruler)
+        common.save(samples.cpu(), args.out / f"samples_{name}.pt")
+        common.save(G.state_dict(), args.out / f"weights_{name}.pt")
+        run.done[name] = {"slope": run.rows[-1]["slope"], "G": G.state_dict(),
+                          **measure(ruler, samples, images)}
 
-    done = {label: numbers for label, numbers in run.done.items() if label != "classifier"}
+    done = {name: numbers for name, numbers in run.done.items() if name != "classifier"}
     draw_samples(args.out / "samples.png", images, done, f"{images.name}, seed {args.seed}, "
                  f"{args.steps:,} steps of D and G together, same z for all")
     draw_scores(args, images, list(done), run.rows, ruler)
     print_measures(images.name, ruler, done | ruler.calibration(images, args.seed),
                    ["FID", "IS", "KL", "distance", "slope"])
     if ruler.own:
-        best = min(done, key=lambda label: done[label]["FID"])
+        best = min(done, key=lambda name: done[name]["FID"])
         truncation(args, images, ruler, best, done[best]["G"])
 
 

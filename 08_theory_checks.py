@@ -1,8 +1,8 @@
 r"""08 - Theory checks: every claim of a course, a number.
 
-Paper    "the course" is a university course on generative models. The claims
-         are statements and questions of its five reports ("a report": one of
-         them), and textbook facts behind them. Papers are named at each claim.
+Paper    The claims are statements and questions of five coursework reports ("a
+         report": one of them, "the course": any), and textbook facts behind
+         them. Papers are named at each claim.
 Idea     a claim predicts a number: compute it another way          -> agree()
          a claim says that two things are equal: compute both       -> equal()
          a wrong claim: compute a counterexample                    -> @refuted
@@ -11,9 +11,9 @@ See      a table for each topic: claim, what it expects, what was measured,
          verdict. 76 claims: 51 hold, 25 are refuted. Exit status 1 if the
          evidence for a verdict fails for one of 5 seeds. Eight figures in
          out/08_theory_checks, among them receptive fields and games of GANs.
-Read     The text says if the course states a claim ("says yes"), calls it false
-         or only asks; the verdict is ours. x [B, d]: x has the shape (B, d).
-         σ(a): the sigmoid. nats: natural logs. .to(x): as x's dtype.
+Read     "The course says yes": it states the claim; others it calls false, or
+         only asks. The verdict is ours. x [B, d]: x has the shape (B, d). σ(a):
+         the sigmoid. nats: natural logs. .to(x): with x's dtype.
 Differs  No data and nothing from other chapters; float64 or float32 on the CPU.
 Try      Take "+ lam * w2" out of mlp_grads. Which of the claims mlp-grads and
          mlp-backprop loses its evidence? Predict it, then run both (--only).
@@ -44,8 +44,8 @@ ROUNDING = 1e-10       # float64 keeps 16 digits; what is exact on paper agrees 
 class Claim(NamedTuple):
     """A claim: its topic, its verdict and the check that must confirm the verdict.
 
-    check() returns (what the claim expects, what was measured, evidence): two texts, and whether
-    what was measured confirms the verdict. Evidence must be the value True, so nan is none."""
+    check() returns (what the claim expects, what was measured, evidence): two texts, and True if
+    what was measured confirms the verdict."""
     topic: str
     verdict: str  # "holds" or "refuted"
     check: object
@@ -493,10 +493,11 @@ def transposed_coverage_():
         return x[:, 0]
 
     report, mended = ((draw(layers) != 0).any(dim=0) for layers in (REPORT_G, MENDED_G))
+    expected = "21x21, 77.3% empty"
     text = f"{len(report)}x{len(report)}, {(~report).double().mean():.1%} empty"
-    return ("21x21, 77.3% empty", f"{text} (mended: {len(mended)}x{len(mended)}, "
+    return (expected, f"{text} (mended: {len(mended)}x{len(mended)}, "
             f"{(~mended).double().mean():.0%})",
-            text == "21x21, 77.3% empty" and torch.equal(mended, torch.ones(28, 28).bool())
+            text == expected and torch.equal(mended, torch.ones(28, 28).bool())
             and torch.equal(report, covered(REPORT_G)) and torch.equal(mended, covered(MENDED_G)))
 
 
@@ -590,20 +591,17 @@ def attention_alignment():
             h.append(torch.tanh(w_x @ one + h[-1] / 2))
         return torch.stack(h[1:])
 
-    def attend(h):  # the weights and their average of the states
-        weights = (h @ decoder / 2).softmax(dim=0)
-        return weights, weights @ h
+    def attend(h):  # the average of the states, with weights by the decoder's own state
+        return (h @ decoder / 2).softmax(dim=0) @ h
 
     def slopes(f):  # of the entries of f(states) together, in each of the 20 inputs
         return gradient(lambda x: f(states(x)).sum(), x).norm(dim=1)
 
     eye = torch.eye(4).to(x)
-    last, average = slopes(lambda h: h[-1])[0].item(), slopes(lambda h: attend(h)[1])[0].item()
-    first, mixed = slopes(lambda h: h[0]), slopes(lambda h: self_attention(h, eye, eye, eye)[0][0])
-    weights = attend(states(x))[0]
+    last, average = slopes(lambda h: h[-1])[0].item(), slopes(attend)[0].item()
+    plain, mixed = slopes(lambda h: h[0]), slopes(lambda h: self_attention(h, eye, eye, eye)[0][0])
     return ("the average keeps input 1", f"slope {average:.0e} (last state: {last:.0e})",
-            average > 1e4 * last and abs(weights.sum().item() - 1) < ROUNDING
-            and bool((weights >= 0).all() and (first[1:] == 0).all() and (mixed > 0).all()))
+            average > 1e4 * last and bool((plain[1:] == 0).all() and (mixed > 0).all()))
 
 
 row("detector-shapes",
@@ -613,11 +611,10 @@ row("detector-shapes",
     connected layers say boxes and classes at once. It has S = 7 cells a side, B = 2 boxes of x, y,
     w, h and confidence, C = 20 classes. Faster R-CNN (Ren et al. 2015) has two: a region proposal
     network (RPN) with k = 3 scales x 3 shapes says where to look, a second network what is there.
-    So far this is plain arithmetic. The last two numbers are computed: a place of the RPN for every
-    16 pixels (VGG-16 without its last pooling), and YOLO's 448 pixels over the stride of its
-    convolutions and poolings.""",
-    [1470, 18, 36, 16, 7],
-    lambda: [7 * 7 * (5 * 2 + 20), 2 * 9, 4 * 9, receptive_field(VGG_16[:-1])[1],
+    The check computes what is no product: a place of the RPN for every 16 pixels (VGG-16 without
+    its last pooling), and S = 7, YOLO's 448 pixels over the stride of its layers.""",
+    [16, 7],
+    lambda: [receptive_field(VGG_16[:-1])[1],
              448 / receptive_field([(7, 2, 3, 1), *4 * [POOL], (3, 2, 1, 1)])[1]])
 
 
@@ -626,7 +623,8 @@ def average_precision(hits, objects):
 
     hits: for each detection, the most confident first, whether it finds an object that none before
     it has found; bool [n]. Precision: the share of hits so far. mAP is the mean over the classes.
-    Raises ValueError if there are fewer objects than hits, or none."""
+    Without the interpolation of VOC and COCO: each precision is taken as it is. Raises ValueError
+    if there are fewer objects than hits, or none."""
     hits = torch.as_tensor(hits, dtype=torch.bool)
     if not 0 < objects >= hits.sum():
         raise ValueError(f"{int(hits.sum())} hits on {objects} objects")
@@ -640,8 +638,9 @@ def average_precision_():
 
     The course asks what mAP is: the mean of this area over the classes. Recall is the share of
     objects found so far. Missed objects lower the AP, and so does a wrong detection before a right
-    one. PASCAL VOC counts a hit from IoU 0.5 on, COCO takes the mean over IoU 0.5 to 0.95. The area
-    is computed here from the whole curve, for 100 random lists."""
+    one. PASCAL VOC counts a hit from IoU 0.5 on, COCO takes the mean over IoU 0.5 to 0.95; both
+    raise each precision to the highest one further down the list first. The area is computed here
+    from the whole curve, for 100 random lists."""
     differences = []
     for _ in range(100):
         hits = torch.rand(30, dtype=torch.float64) < 0.5
@@ -703,10 +702,9 @@ def sigmoid_tanh():
     at 0. The check divides the gradient of the first of 24 layers' weights by that of the last.
     With torch's default start the first weights get nearly nothing from either, but a million times
     more from tanh. With Xavier's start (Glorot, Bengio 2010) tanh is cured and sigmoid is not."""
-    found = {(name, start): first_over_last(f, start)
-             for name, f in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh))
-             for start in (None, nn.init.xavier_normal_)}
-    sigmoid, sigmoid_xavier, tanh, tanh_xavier = found.values()
+    sigmoid, sigmoid_xavier, tanh, tanh_xavier = (
+        first_over_last(f, start) for f in (torch.sigmoid, torch.tanh)
+        for start in (None, nn.init.xavier_normal_))
     return ("about the same", f"{sigmoid:.0e}, {tanh:.0e} (Xavier: {sigmoid_xavier:.0e}, "
             f"{tanh_xavier:.2g})",
             tanh > 1e6 * sigmoid and sigmoid_xavier < 1e-9 and 0.05 < tanh_xavier < 20)
@@ -730,8 +728,7 @@ def relu_vanish():
 
     The course says that this is false, and it is: ReLU' = 1 does not help if the weights are small.
     Weights of standard deviation √(2 / width) keep the gradient's size (He et al. 2015). If all of
-    them are divided by 7, 20 layers without biases divide the gradient by exactly 7^20. Torch's
-    default start is smaller than He's, too: first_over_last(torch.relu) is below 1e-7."""
+    them are divided by 7, 20 layers without biases divide the gradient by exactly 7^20."""
     weights, x = (2 / 32) ** 0.5 * normal(20, 32, 32), normal(32)
     he, small = (deep_gradient(torch.relu, w, x) for w in (weights, weights / 7))
     return ("about as before", f"weights / 7: {small / he:.0e} of it",
@@ -789,20 +786,22 @@ def loss_tells_which():
     output back to the input of 20 layers, tells these three apart."""
     weights, x, y = (2 / 32) ** 0.5 * normal(20, 32, 32), normal(32), normal(32)
     fit = deep_network(torch.relu, weights, x)  # with this target the weights are a minimum
-    runs = [(3 * weights, y, 0.01), (weights, y, 0.0), (weights / 7, y, 0.01), (weights, fit, 0.01)]
-    found = []
-    for w, target, rate in runs:  # explodes, rate 0, vanishes, minimum
+    runs = {"explodes": (3 * weights, y, 0.01), "vanishes": (weights / 7, y, 0.01),
+            "minimum": (weights, fit, 0.01), "rate 0": (weights, y, 0.0)}
+    change, sizes = {}, {}  # of the loss in one step; of the gradient at the output, at the input
+    for name, (w, target, rate) in runs.items():
         def loss(w, x):
             return ((deep_network(torch.relu, w, x) - target) ** 2).sum() / 2
 
-        change = loss(w - rate * gradient(lambda w: loss(w, x), w), x) - loss(w, x)
-        output = (deep_network(torch.relu, w, x) - target).norm()
-        found.append([v.item() for v in (change, output, gradient(lambda x: loss(w, x), x).norm())])
-    (jump, *_), (_, *rate_0), (_, *vanishes), (_, *minimum) = found
-    return ("tells", "still: {:.0e} to {:.0e} (vanishes), {:g} to {:g} (minimum), {:.0e} to {:.0e} "
-            "(rate 0)".format(*vanishes, *minimum, *rate_0),
-            not jump < 1e6 and all(abs(change) < ROUNDING for change, *_ in found[1:])
-            and vanishes[1] < 1e-9 < 0.01 < min(vanishes[0], *rate_0) and minimum == [0, 0])
+        change[name] = (loss(w - rate * gradient(lambda w: loss(w, x), w), x) - loss(w, x)).item()
+        sizes[name] = ((deep_network(torch.relu, w, x) - target).norm().item(),
+                       gradient(lambda x: loss(w, x), x).norm().item())
+    jump = change.pop("explodes")
+    return ("tells", "still: " + ", ".join("{:.0e} to {:.0e} ({})".format(*sizes[name], name)
+                                           for name in change),
+            not jump < 1e6 and all(abs(v) < ROUNDING for v in change.values())
+            and sizes["vanishes"][1] < 1e-9 < 0.01 < min(sizes["vanishes"][0], *sizes["rate 0"])
+            and sizes["minimum"] == (0, 0))
 
 
 row("depth-numbers",
@@ -919,7 +918,7 @@ def numeric_grad(f, x, eps=6e-6):
     ValueError for an x of another type: in float32 the difference is lost in rounding."""
     if x.dtype != torch.float64:
         raise ValueError(f"x is {x.dtype}: differences need float64, x.double()")
-    x, grad = x.detach(), x.new_zeros(x.shape)  # unlike zeros_like, in the order that view needs
+    x, grad = x.detach(), x.new_zeros(x.shape)  # contiguous, as view needs; zeros_like may not be
     for i in range(x.numel()):
         step = x.new_zeros(x.shape)
         step.view(-1)[i] = eps
@@ -1076,7 +1075,7 @@ def gd_global():
 
     The course says that this is false, and it is. The double well f(x) = (x² - 1)² + 0.3 x has its
     lower well on the left: f(-1) = -0.3. Gradient descent from 1.5 ends in the one on the right.
-    Noise like SGD's is a way out of it. The check runs it 1,000 times."""
+    Noise is a way out of it, SGD's or, as here in 1,000 runs, a normal one on each gradient."""
     def ends(noise, runs):
         x = torch.full((runs,), 1.5, dtype=torch.float64)
         for _ in range(300):
@@ -1086,10 +1085,10 @@ def gd_global():
     def f(x):
         return (x ** 2 - 1) ** 2 + 0.3 * x
 
-    x, left = ends(0, 1).item(), f(-1.0)
+    x, lower = ends(0, 1).item(), f(-1.0)
     escaped = (ends(10, 1000) < 0).double().mean().item()
-    return (f"{left:g} or lower", f"{f(x):.3g}, at x = {x:.2f} (SGD: {escaped:.0%} left)",
-            f(x) > left + 0.1 and escaped > 0.3)
+    return (f"{lower:g} or lower", f"{f(x):.3g}, at x = {x:.2f} (with noise: {escaped:.0%} left)",
+            f(x) > lower + 0.1 and escaped > 0.3)
 
 
 @refuted
@@ -1223,12 +1222,13 @@ def moment_training(optimiser, rate, zeroed, steps):
     """Losses of a linear map in training; its outputs shall have mean 0, variance 1, kurtosis 3.
 
     zeroed: whether the gradients are set to zero before each step."""
-    x, w, b = 2 * torch.rand(256, 8), torch.randn(8, 4) / 8 ** 0.5, torch.zeros(4)
-    w, b = (p.double().requires_grad_() for p in (w, b))
+    x, w = 2 * torch.rand(256, 8).double(), torch.randn(8, 4).double() / 8 ** 0.5
+    b = torch.zeros(4).double()
+    w, b = w.requires_grad_(), b.requires_grad_()
     opt = optimiser([w, b], lr=rate)
     losses = []
     for _ in range(steps):
-        mean, variance, kurtosis = moments(x.double() @ w + b)
+        mean, variance, kurtosis = moments(x @ w + b)
         loss = (mean ** 2 + (variance - 1) ** 2 + (kurtosis - 3) ** 2).mean() / 3
         if zeroed:
             opt.zero_grad()
@@ -1240,11 +1240,12 @@ def moment_training(optimiser, rate, zeroed, steps):
 
 @holds
 def grad_accumulate():
-    """With Adam, not zeroing the gradients makes the loss grow without bound.
+    """With Adam, not zeroing the gradients makes the loss grow and grow.
 
-    The course saw it with this loss. Each step uses the sum of all gradients so far, which Adam
-    scales to a step of full length. The check sees 300 steps: the loss must be highest in their
-    second half, above 3 times its first value. With zeroed gradients it must fall under 0.1."""
+    The course saw it with this loss, and says "without bound". Each step uses the sum of all
+    gradients so far, which Adam scales to a step of full length. In 300 steps here the loss must be
+    highest in their second half, above 3 times its first value; with zeroed gradients it must fall
+    under 0.1."""
     zeroed = moment_training(torch.optim.Adam, 0.01, True, 300)
     summed = double(moment_training(torch.optim.Adam, 0.01, False, 300))
     first, early, late = (part.max().item() for part in (summed[0], summed[:150], summed[150:]))
@@ -1254,7 +1255,7 @@ def grad_accumulate():
 
 @refuted
 def grad_accumulate_sgd():
-    """Not zeroing the gradients makes the loss grow without bound with plain gradient descent, too.
+    """Not zeroing the gradients makes the loss grow and grow with plain gradient descent, too.
 
     Using the sum of all gradients is momentum with factor 1. The weights swing like a ball without
     friction as long as rate · curvature < 4; above it they do run away, as the check shows for
@@ -1296,11 +1297,11 @@ def noise_parts(loss, D, x):
 def grad_norm_noise():
     """Noise of variance s² on D's input is a gradient penalty.
 
-    The course quotes this. Bishop 1995 shows it, to second order, for a squared error that is 0.
-    In general the noise adds s²/2 (L'' ‖∇D‖² + L' ΔD) to a loss L(D), and only the first part is a
-    penalty. For a GAN's loss, here L = -log σ(D), the second part decides as often: at many points
-    the noise *lowers* the loss, which no penalty does. The check takes exact expectations at 100
-    points. What both parts leave must be of order s⁴: 16 times less when s halves."""
+    The course quotes this. Bishop 1995 shows it, to second order, for a squared error at its
+    minimum, where L' averages to 0. In general the noise adds s²/2 (L'' ‖∇D‖² + L' ΔD) to a loss
+    L(D), and only the first part is a penalty. For a GAN's loss, here L = -log σ(D), the second one
+    counts: at many of 100 points the noise *lowers* the loss, which no penalty does. Expectations
+    are exact. What both parts leave must be of order s⁴: 16 times less when s halves."""
     w, v, x = normal(5, 2), normal(5), normal(100, 2)
 
     def D(x):
@@ -1489,14 +1490,14 @@ def best_linear_vae(variance, v):
 
 @holds
 def posterior_collapse():
-    """If a VAE's decoder expects more noise v than the data has variance λ, its code says nothing.
+    """If a VAE's decoder expects more noise v than the data has variance s², its code says nothing.
 
     This is posterior collapse: q(z given x) is the prior for every x, the KL is 0, and the decoder
-    draws the mean. In a VAE with one code and one pixel the best weight is w² = λ - v, or 0 if
-    λ < v (Lucas et al. 2019), and the mean KL, what the code says, is log(λ/v)/2. So a smaller v
+    draws the mean. In a VAE with one code and one pixel the best weight is w² = s² - v, or 0 if
+    s² < v (Lucas et al. 2019), and the mean KL, what the code says, is log(s²/v)/2. So a smaller v
     (chapter 01: x_sigma2) is a cure, and so is a smaller weight of the KL."""
     (w, kl), (w_collapsed, kl_collapsed) = (best_linear_vae(1.0, v) for v in (0.36, 1.5))
-    return ("0.5108 nats; 0 for v > λ", f"{kl:.4f}; {kl_collapsed:.2g}",
+    return ("0.5108 nats; 0 for v > s²", f"{kl:.4f}; {kl_collapsed:.2g}",
             abs(w - 0.8) < 1e-9 and abs(kl - math.log(1 / 0.36) / 2) < ROUNDING
             and w_collapsed == 0 and abs(kl_collapsed) < ROUNDING)
 
@@ -1510,9 +1511,9 @@ def picture_error(x, answer):
 def vae_mean():
     """If several pictures fit one code, a VAE's best answer is their mean, which is a blur.
 
-    Any pixelwise likelihood is best there, squared error and cross-entropy alike: its gradient is 0
-    at the mean. Any one of the pictures, drawn at random, has twice the squared error, so a VAE
-    must not draw it. A GAN may draw nothing else: D knows that no mean is among the data."""
+    Squared error and cross-entropy are convex, and have their gradient 0 at the mean. (An absolute
+    error is least at the median.) Any one of the pictures, drawn at random, has twice the squared
+    error. A GAN avoids the mean: D can see that it is not among the data."""
     x = torch.rand(5, 784, dtype=torch.float64)  # five pictures that fit one code
     mean = x.mean(dim=0)
     slopes = [gradient(f, mean).abs().max().item() for f in (
@@ -1586,9 +1587,9 @@ def optimal_d():
 def perfect_d():
     """At p = q, with a perfect D, more training still improves G.
 
-    The sentence is ours: it says what training on would hope for. It is wrong (Goodfellow et al.
-    2014, prop. 1). D* is 1/2 everywhere. With this D, V is -log 4
-    for every q, so its gradient for G is zero. For p ≠ q it is not."""
+    No report states this; it is what one would train on for. But D* is then 1/2 everywhere
+    (Goodfellow et al. 2014, prop. 1), and with this D, V is -log 4 for every q, so its gradient for
+    G is zero. For p ≠ q it is not."""
     logits, other = normal(6), normal(6)  # the logits of q stand for G's weights
 
     def grad_g(p):
@@ -1709,9 +1710,9 @@ def g_loss_alone():
     """While D's loss stays and G's loss falls, G gets better; stop where G's loss is lowest.
 
     The course asks when to stop. Let q = p, so that nothing is left to learn, and D = σ(b) be the
-    same everywhere. At b = 0, Loss_D does not feel b: its slope is 0. But Loss_G = -log D has the
-    slope -1/2 (in D itself -2), so a D that drifts to b = 1 halves it, with the same G. Only both
-    losses together say something, and pictures or a score say more."""
+    same everywhere. At b = 0 the slope of Loss_D in b is 0, that of Loss_G = -log D is -1/2 (in D
+    itself -2). So a D that drifts to b = 0.3 changes Loss_D by 2 % and Loss_G by 20 %, with the
+    same G. Only both losses together say something, and pictures or a score say more."""
     def losses(b):
         return F.softplus(-b) + F.softplus(b), F.softplus(-b)  # Loss_D: on reals and on fakes
 
@@ -1719,18 +1720,18 @@ def g_loss_alone():
     slope_d, slope_g = (gradient(lambda b: losses(b)[i], zero).item() for i in range(2))
     in_output = gradient(lambda D: -D.log(), half).item()
     (before_d, before), (after_d, after) = ([loss.item() for loss in losses(double(b))]
-                                            for b in (0.0, 1.0))
+                                            for b in (0.0, 0.3))
     return ("G better", f"same G, Loss_G {before:.3f} to {after:.3f} (Loss_D {before_d:.2f} to "
-            f"{after_d:.2f})", after < before / 2 and abs(after_d / before_d - 1) < 0.2
+            f"{after_d:.2f})", after < 0.81 * before and abs(after_d / before_d - 1) < 0.02
             and (slope_d, slope_g, in_output) == (0, -0.5, -2))
 
 
 @holds
 def double_sigmoid():
-    """A log frozen at Loss_D 1.0064, Loss_G 0.6931 is a sigmoid applied twice, and D saturated.
+    """A sigmoid applied twice and D saturated freeze the log at Loss_D 1.0064, Loss_G 0.6931.
 
-    A report shows this log, and a report asks why the losses are constant. That the two belong
-    together and what follows is our inference: it gives all four digits. D ends in a sigmoid, which
+    A report shows this log, and a report asks why the losses are constant. That this is the cause
+    is our inference, because all digits agree. D ends in a sigmoid, which
     says 1 on reals and 0 on fakes, and the loss applies another one: Loss_D = softplus(-1) + log 2,
     Loss_G = log 2. The first sigmoid lets no gradient through."""
     def losses(a):  # a: the logit on reals, -a: on fakes
@@ -1764,6 +1765,11 @@ def draw_fingerprints(smoothing, twice):
               xlabel="D's logit: +a on reals, -a on fakes", ylabel="loss, nats")
 
 
+def both_orders(games):
+    """max_D min_G V and min_G max_D V of games [n, moves of G, moves of D]: two [n]."""
+    return games.amin(1).amax(1), games.amax(2).amin(1)
+
+
 @holds
 def minimax_maximin():
     """min_G max_D V = max_D min_G V, given that an equilibrium exists.
@@ -1773,14 +1779,11 @@ def minimax_maximin():
     its column (G chooses the row) and the largest of its row. The check finds them in 1000 random
     games: exactly where there is one, both sides are equal. Matching pennies (V is 1 if two coins
     show the same side, else -1) has none, and the player who moves second wins."""
-    def both(games):
-        return games.amin(1).amax(1), games.amax(2).amin(1)
-
     games = torch.randint(10, (1000, 4, 5))
-    max_min, min_max = both(games)
-    saddle = ((games == games.amin(1, keepdim=True)) & (games == games.amax(2, keepdim=True)))
+    max_min, min_max = both_orders(games)
+    saddle = (games == games.amin(1, keepdim=True)) & (games == games.amax(2, keepdim=True))
     saddle = saddle.flatten(1).any(dim=1)
-    below, above = (v.item() for v in both(torch.tensor([[[1, -1], [-1, 1]]])))
+    below, above = (v.item() for v in both_orders(torch.tensor([[[1, -1], [-1, 1]]])))
     return agree(1000, ((max_min == min_max) == saddle).sum().item(), "of 1000 games",
                  note=f"{saddle.sum()} have one; pennies: {below} and {above}",
                  and_also=0 < saddle.sum().item() < 1000 and below < above)
@@ -1791,29 +1794,30 @@ def minimax_bound():
     """max_D min_G V <= min_G max_D V.
 
     This half of the claim above needs no equilibrium: the player who moves second knows more."""
-    games = normal(1000, 4, 5)
-    ordered = (games.amin(1).amax(1) <= games.amax(2).amin(1)).sum().item()
-    return agree(1000, ordered, "of 1000 games")
+    max_min, min_max = both_orders(normal(1000, 4, 5))
+    return agree(1000, (max_min <= min_max).sum().item(), "of 1000 games")
 
 
 @holds
 def maximin_collapse():
-    """For a fixed D, G's best q is all on argmax D: in max_D min_G V, G collapses to one mode.
+    """For a fixed D, G's best q is all on argmax D: a G trained to the end against it has one mode.
 
     V is linear in q and concave in D, so over distributions both orders give -log 4: q = p and
     D = 1/2 are a saddle point. Over weights they need not: a G that can draw only one picture has
     the same max min, as one is enough against a fixed D, but min max = 2 JSD - log 4, above it.
-    Gradient steps do not say which order they follow, and the wrong one draws one picture."""
+    Gradient steps do not say which order they follow, and max min may draw one picture."""
     p, D, half = normal(6).softmax(0), torch.rand(6).double(), double(6 * [0.5])
     points, others = torch.eye(6).double(), normal(100, 6).softmax(1)
-    collapsed = gan_value(D, p, points[D.argmax()])
-    best = all(collapsed < gan_value(D, p, q) for q in others)
+    collapsed = gan_value(D, p, points[D.argmax()]).item()
+    lowest = min(gan_value(D, p, q).item() for q in others)
     saddle = (all(abs(gan_value(half, p, q) + math.log(4)) < ROUNDING for q in others)
               and all(gan_value(one, p, p) <= -math.log(4) for one in torch.rand(100, 6).double()))
     min_max = min(gan_value(p / (p + q), p, q).item() for q in points)
     expected = min(2 * jensen_shannon(p, q).item() for q in points) - math.log(4)
-    return agree(expected, min_max, note=f"one picture; max min {-math.log(4):.4f}",
-                 and_also=best and saddle and min_max > -math.log(4) + 0.1)
+    return (f"below {lowest:.3f}, the best of 100", f"{collapsed:.3f} (one picture: min max "
+            f"{min_max:.3f}, max min {-math.log(4):.3f})",
+            collapsed < lowest and saddle and abs(min_max - expected) < ROUNDING
+            and min_max > -math.log(4) + 0.1)
 
 
 def bilinear_step(x, y, eta, k=0, exact=True, alternating=False):
@@ -1843,23 +1847,25 @@ def bilinear_growth(eta, k=0, exact=True, alternating=False):
 def bilinear_game():
     """On V = x y rollback unrolling works from k = 2 if both move at once, from k = 1 if in turn.
 
-    Unrolling shows x the next k steps of y. For kη < 1 a step turns the plane, and multiplies the
+    Unrolling shows x the next k steps of y; rollback is without the gradient through them. For
+    (k + 1/2) η < 1 a step turns the plane, and multiplies the
     distance to (0, 0) by the root of its determinant. Both at once: 1 + η² (plain), 1 - (2k - 1) η²
     (exact), 1 - (k - 1) η² (rollback). In turn, as in chapter 03 and in nearly all training: 1
     (plain, which circles), 1 - 2k η², 1 - k η². The course found k >= 2 by experiment, for
     rollback; it trains in turn, so this game does not explain it."""
     eta, pairs, works = 0.1, [], {False: [], True: []}
-    for turns, k in itertools.product((False, True), range(6)):
-        exact, rollback = (bilinear_growth(eta, k, how, turns) for how in (True, False))
-        pairs += [(1 - (2 * k - (not turns)) * eta ** 2, exact),
-                  (1 - (k - (not turns)) * eta ** 2, rollback)]
+    for in_turn, k in itertools.product((False, True), range(6)):
+        exact, rollback = (bilinear_growth(eta, k, how, in_turn) for how in (True, False))
+        pairs += [(1 - (2 * k - (not in_turn)) * eta ** 2, exact),
+                  (1 - (k - (not in_turn)) * eta ** 2, rollback)]
         if rollback < 1 - ROUNDING:
-            works[turns].append(k)
+            works[in_turn].append(k)
     roots = all(abs(det ** 0.5 - growth) < ROUNDING for det, growth in pairs)
-    plain, once, turns = pairs[0][1], works[False], works[True]
-    return ("from k = 2, 1", f"from k = {min(once, default='none')}, {min(turns, default='none')} "
-            f"(plain {plain:.4g}, in turn {pairs[12][1]:.4g})",
-            roots and once == [2, 3, 4, 5] and turns == [1, 2, 3, 4, 5])
+    plain, plain_in_turn = (bilinear_growth(eta, alternating=how) for how in (False, True))
+    at_once, in_turn = works[False], works[True]
+    return ("from k = 2, 1", f"from k = {min(at_once, default='none')}, "
+            f"{min(in_turn, default='none')} (plain {plain:.4g}, in turn {plain_in_turn:.4g})",
+            roots and at_once == [2, 3, 4, 5] and in_turn == [1, 2, 3, 4, 5])
 
 
 @figure("bilinear", "V = x y: x descends, y ascends, η = 0.1, 150 steps from the black dot",
@@ -1968,7 +1974,7 @@ topic("samples and scores", """
     samples are made: truncated noise, the statistics of a batch, the size of a network.""")
 
 
-def mmd_imq(x, weights_x, y, weights_y):
+def weighted_mmd(x, weights_x, y, weights_y):
     """MMD² of two weighted point sets on the line, kernel 1 / (1 + (a - b)²); 0 if equal."""
     def mean(a, weights_a, b, weights_b):
         return weights_a @ (1 / (1 + (a[:, None] - b) ** 2)) @ weights_b
@@ -1992,8 +1998,8 @@ def moments_not_gaussian():
     z, probability = double(THREE_POINTS), double(THREE_WEIGHTS)
     sample = z.repeat_interleave((600 * probability).round().long())  # 100, 400 and 100 times
     mean, variance, kurtosis = (m.item() for m in moments(sample[:, None]))
-    apart = mmd_imq(z, probability, *normal_points(2000)).item()
-    same = abs(mmd_imq(*normal_points(1999), *normal_points(2000)).item())  # normal and normal
+    apart = weighted_mmd(z, probability, *normal_points(2000)).item()
+    same = abs(weighted_mmd(*normal_points(1999), *normal_points(2000)).item())  # normal and normal
     return ("MMD² 0", f"moments {abs(mean):.0f}, {variance:.4g}, {kurtosis:.4g}; MMD² {apart:.2g} "
             f"(normal: {same:.0e})",
             abs(mean) < ROUNDING and abs(variance - 1) < ROUNDING and abs(kurtosis - 3) < ROUNDING
@@ -2038,7 +2044,7 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     A and B are the covariances, A^½ is the root of a matrix: A^½ A^½ = A. Dowson, Landau 1982;
     Heusel et al. 2017 take it over the features of an Inception network and call it FID. Raises
     ValueError if the shapes do not fit, or if an entry is not finite."""
-    if not (mu_a.shape == mu_b.shape and cov_a.shape == cov_b.shape == 2 * mu_a.shape):
+    if not (mu_a.shape == mu_b.shape and cov_a.shape == cov_b.shape == (*mu_a.shape, *mu_a.shape)):
         raise ValueError("mu [d] and cov [d, d] do not fit: "
                          f"{[tuple(a.shape) for a in (mu_a, cov_a, mu_b, cov_b)]}")
     if not all(a.isfinite().all() for a in (mu_a, cov_a, mu_b, cov_b)):
@@ -2066,8 +2072,9 @@ def fid_gaussians():
 def truncated_normal_variance(limit):
     """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit > 0.
 
-    Up to 1 from a series without that difference, in which small limits would lose all digits:
-    (s - 1) / s with s = 1 + t²/3 + t⁴/(3·5) + ... Raises ValueError for a limit not above 0."""
+    For t <= 1 by a series, because this difference would lose all digits of a small t: 2 Φ(t) - 1 =
+    2 t φ(t) s with s = 1 + t²/3 + t⁴/(3·5) + ..., so the variance is 1 - 1/s = (s - 1)/s. Raises
+    ValueError for a limit not above 0."""
     if not limit > 0:
         raise ValueError(f"nothing lies within ±{limit}")
     if limit <= 1:
@@ -2138,8 +2145,9 @@ def unrolled_networks():
 
     Reconstructed: the sizes fit the numbers of parameters that the report names."""
     G = nn.Sequential(nn.Linear(50, 500), nn.Linear(500, 500), nn.Linear(500, 784),
-                      nn.ConvTranspose2d(16, 16, 4), nn.ConvTranspose2d(16, 8, 4),
-                      nn.ConvTranspose2d(8, 1, 3))
+                      nn.ConvTranspose2d(16, 16, kernel_size=4, stride=2, padding=1),   # 7 to 14
+                      nn.ConvTranspose2d(16, 8, kernel_size=4, stride=2, padding=1),    # to 28
+                      nn.ConvTranspose2d(8, 1, kernel_size=3, padding=1))
     D = nn.Sequential(nn.Linear(784, 1024), nn.Linear(1024, 512), nn.Linear(512, 256),
                       nn.Linear(256, 1))
     return G, D
@@ -2148,8 +2156,9 @@ def unrolled_networks():
 row("parameter-counts",
     """The coursework's unrolled-GAN networks (chapter 03) have 675,025 and 1,460,225 parameters.
 
-    A report says so. The networks here are reconstructed from these numbers. A linear layer has
-    (in + 1) out parameters, a transposed convolution with a k x k kernel has in out k² + out.""",
+    A report says so. The layers here were chosen to fit these numbers, so the check shows that such
+    networks exist. A linear layer has (in + 1) out parameters, a transposed convolution with a
+    k x k kernel has in out k² + out.""",
     [675_025, 1_460_225],
     lambda: [sum(p.numel() for p in net.parameters()) for net in unrolled_networks()])
 
@@ -2242,7 +2251,7 @@ def check_and_print(names, seeds):
             unexpected.append(name)
         show(step)
     for topic_name, introduction in TOPICS.items():
-        mine = [row for name, row in rows.items() if CLAIMS[name].topic == topic_name]
+        mine = [rows[name] for name in rows if CLAIMS[name].topic == topic_name]
         if mine:
             print(f"\n{topic_name}\n{textwrap.fill(introduction, 80)}\n")
             common.print_table(["claim", "expected", "measured", "verdict"], mine)

@@ -1,4 +1,4 @@
-"""What the chapters share: flags, runs, data, pictures, files. No equation of any paper lives here.
+"""What the chapters share: flags, runs, data, pictures, files. No equation of a model lives here.
 
 A chapter is understood with this file closed. Importing it changes nothing.
 All pictures are uint8 [N, C, H, W] in memory (0..255) and float32 in [-1, 1] in a batch.
@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision import datasets
@@ -892,6 +893,17 @@ def paths(draw, codes):
     return torch.stack([ends[:-1], middle, ends[1:]], dim=1)
 
 
+def nearest(x, images):
+    """Distances [N] of x [N, C, H, W] to the nearest of 10,000 training pictures, and which it is.
+
+    Root mean square over the pixels, in [-1, 1] units. Blur lowers it: look at the pictures, too.
+    """
+    train = to_float(images.x[:10_000]).flatten(1)
+    found = [torch.cdist(part, train).min(dim=1) for part in x.flatten(1).split(1000)]
+    distances, indices = (torch.cat(parts) for parts in zip(*found))
+    return distances / train.shape[1] ** 0.5, indices
+
+
 def batches(images, batch_size, seed, step=0, part=slice(None)):
     """Endless shuffled batches (x float in [-1, 1], y or None) of Images, from number `step` on.
 
@@ -1023,6 +1035,153 @@ def load_digits(args, train):
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace(kept, lambda file: torch.save(both, file))
     return Images(*both[train], "drawn digits")
+
+
+# --- a picture of one's own --------------------------------------------------------------------
+
+def read_mask(path, height, width):
+    """1 = seen, 0 = hidden, [1, H, W], from a picture in which the hidden pixels are white."""
+    if path is None:
+        return torch.ones(1, height, width)
+    mask = (TF.to_tensor(open_picture(path, "L", "black")) < 0.5).float()
+    if mask.shape[1:] != (height, width):
+        fail(f"{path} is {mask.shape[2]}x{mask.shape[1]}, the picture is {width}x{height}: "
+                    "a mask has the size of its picture")
+    if mask.all() or not mask.any():
+        fail(f"{path} hides {'nothing' if mask.all() else 'everything'}: paint what is to "
+                    "be repaired white, all else black")
+    return mask
+
+
+def cut(args, x, mask, top, left, height, width, size):
+    """A part of x [C, H, W] and of its mask, resized; what hidden pixels hold does not matter."""
+    x, hidden = (TF.resized_crop(a, top, left, height, width, size, antialias=True)
+                 for a in (x * mask, 1 - mask))  # beyond the rim: 0, and seen
+    mask = (hidden < 0.1).float()  # a pixel is seen if nine tenths of it are
+    if not mask.any():
+        fail(f"{args.mask} hides all that is left of the picture at {size[1]}x{size[0]}")
+    return x / (1 - hidden).clamp(min=0.9), mask
+
+
+def over_squares(pool, x, side):
+    """F.max_pool2d or F.avg_pool2d of x [1, H, W] over the square of an odd side at each pixel."""
+    rows = pool(x, (side, 1), 1, (side // 2, 0))
+    return pool(rows, (1, side), 1, (0, side // 2))
+
+
+def darkness(x, mask):
+    """The share of its ground's light that each pixel of a grey x lacks: [1, H, W], 0 to 1.
+
+    Ink covers less than its ground and so differs more from the mean around it: if it is the
+    lighter one, x is inverted. A stroke is thinner than a quarter of the picture, so that every
+    square of this side shows some ground. The ground of a pixel is the lightest pixel of the
+    square around it in which that is darkest (a closing): it follows a shadow, and no stroke.
+    """
+    side = min(x.shape[1:]) // 8 * 2 + 1
+    mean, seen = (over_squares(F.avg_pool2d, a, side) for a in (x * mask, mask))
+    if torch.where(mask == 1, (x - mean / seen) ** 3, 0.0).sum() > 0:
+        x = 1 - x
+    light = over_squares(F.max_pool2d, torch.where(mask == 1, x, -math.inf), side)
+    ground = -over_squares(F.max_pool2d, torch.where(light == -math.inf, light, -light), side)
+    return torch.where(mask == 1, (ground - x) / ground.clamp(min=1e-6), 0.0)
+
+
+def otsu(values):
+    """The cut through values [N] in 0 to 1 that parts two classes best (Otsu 1979).
+
+    It has the largest n1 n2 (mean1 - mean2)², which is N² times the variance between the classes.
+    """
+    n, at = torch.histc(values, 256, 0, 1).double(), (torch.arange(256) + 0.5) / 256
+    n1, sum1 = n.cumsum(0), (n * at).cumsum(0)
+    n2, sum2 = n1[-1] - n1, sum1[-1] - sum1
+    between = n1 * n2 * (sum1 / n1.clamp(min=1) - sum2 / n2.clamp(min=1)) ** 2
+    return (between.argmax() + 1) / 256
+
+
+def pieces(where):
+    """Numbers [1, H, W], the same for all pixels of a connected piece of `where`; 0 elsewhere."""
+    numbers = torch.arange(1.0, where.numel() + 1).view(where.shape) * where
+    while True:  # a pixel takes the highest number beside it, then that of the pixel it began at
+        higher = F.max_pool2d(numbers, 3, 1, 1) * where
+        higher = torch.cat([torch.zeros(1), higher.flatten()])[higher.long()]
+        if torch.equal(higher, numbers):
+            return numbers.long()
+        numbers = higher
+
+
+def box(where):
+    """Of the true pixels of [1, H, W]: the first row and column, how many rows and columns."""
+    rows, columns = (where[0].any(dim=d).nonzero()[:, 0].tolist() for d in (1, 0))
+    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+
+
+def find_digit(args, x, mask):
+    """The digit in a grey photo x [1, H, W]: its ink, 1 on 0, then top, left, rows and columns.
+
+    Ends the run if there is none, or if it is cut off; says what else may be wrong.
+    """
+    dark = darkness(x, mask)
+    ink = dark[(mask == 1) & (dark > otsu(dark[mask == 1]))]
+    pen = ink[ink > otsu(ink)].mean()  # not the ink's mean: soft rims and ruled lines are paler
+    if not pen >= 0.1:  # grain takes a twentieth of the light, a pale pencil a fifth; nan: no ink
+        fail(f"{args.image} is of one colour: there is no digit to see")
+    ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 1/4 of the pen or less is ground, 3/4 or more ink
+    stroke = ink > 0.5  # a pixel that the pen covers by half has half of its darkness
+    number = pieces(stroke | (mask == 0))  # a stroke may go on where it is hidden
+    amount = torch.bincount(number.flatten(), stroke.flatten())
+    largest = number == amount.argmax()
+    # the bar of a 5 is an eighth of it and nearer than a quarter of its length; a speck is smaller
+    reach = max(box(largest & stroke)[2:]) // 4 * 2 + 1
+    near = torch.isin(torch.arange(len(amount)),
+                      number[over_squares(F.max_pool2d, largest.float(), reach) == 1])
+    no_speck = amount > amount.max() / 20
+    mine = (near & no_speck)[number] & stroke
+    top, left, rows, columns = box(mine)
+    if not (0 < top < x.shape[1] - rows and 0 < left < x.shape[2] - columns):
+        fail(f"what looks like ink touches the rim of {args.image}: show a whole digit, on "
+                    "a sheet that fills the photo")
+    if (no_speck & ~near).any():
+        print(f"{args.image} shows more than one thing: the one with the most ink is taken; cut "
+              "the photo if the digit is another")
+    if mask[0, top:top + rows, left:left + columns].mean() < 0.5:
+        print(f"{args.mask} hides more than half of the digit: its size and middle are those of "
+              "what is left")
+    soft = over_squares(F.max_pool2d, mine.float(), max(rows, columns) // 20 * 2 + 1)
+    return ink * soft, top, left, rows, columns  # soft rims stay, as wide as one of G's pixels
+
+
+def own_picture(args, c, side):
+    """--image and --mask in G's form: x [1, C, side, side] in [-1, 1], mask [1, 1, side, side].
+
+    In colour: the middle square. In grey a digit is brought into the form of MNIST: light on dark,
+    the ink's longer side 20 pixels of 28, its centre of mass on pixel 14 of 0 to 27. What hidden
+    pixels hold does not matter.
+    """
+    x = TF.to_tensor(open_picture(args.image, "RGB" if c == 3 else "L", "white"))
+    height, width = x.shape[1:]
+    mask = read_mask(args.mask, height, width)
+    size = min(height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    if c == 1:
+        scale = 384 / max(height, width)  # fast, and G's 20 pixels are a 19th of it
+        x, mask = cut(args, x, mask, 0, 0, height, width,
+                      [math.ceil(scale * height), math.ceil(scale * width)])
+        x, *corner, rows, columns = find_digit(args, x, mask)
+        longer = max(rows, columns)
+        if longer < max(1, scale) * side / 2:
+            fail(f"the ink in {args.image} is {longer / max(1, scale):.0f} pixels long, and "
+                        f"{side / 2:.0f} is the least: go nearer, or cut the photo down to it")
+        size = math.ceil(1.4 * longer)
+        mass = [(x[0].sum(dim=d) @ torch.arange(1.0 * x.shape[2 - d]) / x.sum()).item()
+                for d in (1, 0)]
+        top, left = (min(max(math.floor(at + 1 - 14.5 / 28 * size), first + n - size), first)
+                     for at, first, n in zip(mass, corner, (rows, columns)))  # all ink inside
+    x, mask = cut(args, x, mask, top, left, size, size, [side, side])
+    if mask.all():
+        why = f"{args.mask} hides nothing that G sees" if args.mask else "there is no --mask"
+        print(f"{why}: G redraws the whole digit, blind; a mask of the photo's size, white where "
+              "the photo is damaged and black elsewhere, would have that alone repaired")
+    return torch.where(mask == 1, 2 * x - 1, -1.0)[None], mask[None]
 
 
 # --- pictures ----------------------------------------------------------------------------------

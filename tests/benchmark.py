@@ -154,7 +154,8 @@ def critic_steps():
             opt.zero_grad()
             loss.backward()
             opt.step()
-            model.after_d(D)
+            if model.clip < float("inf"):
+                critics.clip(D, model.clip)
         spent = seconds(step)
         first = first or spent
         rows.append([name, f"{1e3 * spent:.1f}", f"{spent / first:.2f} x"])

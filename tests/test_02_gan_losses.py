@@ -404,17 +404,21 @@ def test_fingerprints_know_their_losses(a):
 
 
 @pytest.mark.parametrize("real_label, d, g", [
-    (1.0, "1.0064", "0.6931"), (0.9, "1.1064", "0.6931"), (0.0, "1.0064", "0.3133")])
+    (1.0, "1.0064", "0.6931"), (0.9, "1.1064", "0.6931"), (0.0, "1.0064", "1.3133")])
 def test_fingerprints_of_two_sigmoids_for_every_label(real_label, d, g):
-    """Of all pairs of "logits" in [0, 1] the best one is found by search, and then recognised."""
+    """Of all pairs of "logits" in [0, 1] the best one is found by search, and then recognised.
+
+    With flipped labels (real_label 0) G sees the negative of the score.
+    """
     line = torch.linspace(0, 1, 101)
     real, fake = torch.cartesian_prod(line, line).T
     loss = torch.stack([losses.bce_d(r[None], f[None], real_label) for r, f in zip(real, fake)])
     best = loss.argmin()
-    loss_g = losses.nonsaturating_g(fake[best][None])
+    seen_by_g = fake[best][None] * made("minimax", real_label).sign
+    loss_g = losses.nonsaturating_g(seen_by_g)
     assert (f"{loss[best]:.4f}", f"{loss_g:.4f}") == (d, g)
-    for scale in (1.0, 0.5):
-        told = losses.fingerprint(scale * loss[best].item(), loss_g.item(), real_label)
+    for scale, one in itertools.product((1.0, 0.5), (loss_g, losses.minimax_g(seen_by_g))):
+        told = losses.fingerprint(scale * loss[best].item(), one.item(), real_label)
         assert "twice" in told and ("halves" in told) == (scale == 0.5)
 
 
@@ -635,7 +639,7 @@ def test_steps_of_both_players_are_counted(tmp_path, digits_dir, monkeypatch):
     ("dragan", "loss_d", losses.Minimax.loss_d), ("cgan", "score", losses.Minimax.score),
     ("acgan", "loss_d", losses.Minimax.loss_d), ("acgan", "loss_g", losses.Minimax.loss_g),
     ("infogan", "labels", losses.CGAN.labels), ("infogan", "loss_d", losses.ACGAN.loss_d),
-    ("ebgan", "loss_g", losses.Minimax.loss_g), ("began", "loss_g", losses.EBGAN.loss_g),
+    ("ebgan", "loss_g", losses.Minimax.loss_g), ("began", "pull", (2.5, 2.5)),
     ("began", "loss_d", losses.Minimax.loss_d), ("ebgan", "code", 8), ("lsgan", "eps", 0.1),
     ("minimax-ahead", "d_steps", 1), ("minimax", "share", 0.5), ("lsgan", "lr", (1e-3, 2e-3))])
 def test_every_change_that_a_method_makes_reaches_the_training(tmp_path, digits_dir, monkeypatch,

@@ -308,6 +308,26 @@ def test_a_run_killed_in_either_half_resumes_to_the_same_bits(tmp_path, digits_d
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_no_random_start_is_the_answer(tmp_path, digits_dir, monkeypatch):
+    """The z of G's own pictures and the starts are other numbers, though both are of one seed."""
+    answers, starts, report, invert = [], [], inversion.report, inversion.invert
+
+    def keep_answer(x, x_rec, z, z_true, y):
+        answers.extend([] if z_true is None else [z_true])
+        return report(x, x_rec, z, z_true, y)
+
+    def keep_starts(G, x, z0, steps, lr):
+        starts.append(z0.flatten(0, 1))
+        return invert(G, x, z0, steps, lr)
+
+    monkeypatch.setattr(inversion, "report", keep_answer)
+    monkeypatch.setattr(inversion, "invert", keep_starts)
+    run(tmp_path, digits_dir)
+    assert answers[0].shape == (3, 128) and len(starts) > 2
+    assert torch.cdist(torch.cat(starts), answers[0]).min() > 1  # unrelated draws: √(2 · 128) = 16
+
+
+@pytest.mark.usefixtures("no_checkpoints")
 def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, monkeypatch):
     """All data white: with the right signs G's pictures, grey at the start, become lighter."""
     all_white(monkeypatch)

@@ -86,7 +86,7 @@ def test_hidden_pixels_do_not_matter_to_measures_and_starts(seed, n):
                 torch.tensor(restoration.psnr(y, x, mask)),
                 torch.tensor(restoration.psnr(x, y, mask)),
                 torch.tensor(restoration.share_of_wins(y, x, x + 1, mask)),
-                restoration.nearest_starts(pool, y, mask, 0.1, 1))
+                restoration.best_starts(pool, y, mask, 0.1, 1))
     for other in spoilt(y, mask, seed + 3):
         assert all(torch.equal(a, b) for a, b in zip(all_of(y), all_of(other), strict=True))
 
@@ -241,7 +241,7 @@ def test_a_generator_in_training_mode_is_refused():
 def test_starts_are_the_best_of_the_pool(seed, n, r):
     G, z = small_generator(seed), normal(seed + 3, 7, 3)
     y, mask = normal(seed, n, 1, 4, 4), random_mask(seed, n, 4)
-    found = restoration.nearest_starts((z, G(z).detach()), y, mask, 0.1, r)
+    found = restoration.best_starts((z, G(z).detach()), y, mask, 0.1, r)
     for i in range(n):
         objective = [(mask[i] * (G(one[None])[0] - y[i]) ** 2).sum().item()
                      + 0.1 * (one ** 2).sum().item() for one in z]
@@ -380,7 +380,7 @@ def photo(path, light=False, size=(120, 90), at=(40, 20), stroke=6):
 
 def own(image, mask=None):
     args = restoration.parse_args(["--image", str(image), *(["--mask", str(mask)] if mask else [])])
-    return restoration.own_picture(args, 1, 28)
+    return common.own_picture(args, 1, 28)
 
 
 @settings(max_examples=4)
@@ -514,13 +514,13 @@ def test_otsu_leaves_the_least_variance_within_both_classes(values):
     def within(cut):
         return sum(((part - part.mean()) ** 2).sum().item() for part in (x[x < cut], x[x >= cut]))
     best = min(within(cut) for cut in x.unique()[1:])
-    assert within(restoration.otsu(x)) == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert within(common.otsu(x)) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 @given(seeds(), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.2, 0.4, 0.6]))
 def test_pieces_are_what_a_walk_over_the_pixels_reaches(seed, height, width, share):
     where = torch.rand(1, height, width, generator=generator(seed)) < share
-    number = restoration.pieces(where)
+    number = common.pieces(where)
     left = {(i, j) for _, i, j in where.nonzero().tolist()}
     assert ((number > 0) == where).all()
     pieces = 0
@@ -563,7 +563,7 @@ def test_nothing_of_a_colour_photo_leaks_from_under_the_mask(tmp_path):
         picture.paste(colour, (41, 22, 70, 61))
         picture.save(tmp_path / "a.png")
         args = restoration.parse_args(["--image", str(tmp_path / "a.png"), "--mask", str(mask)])
-        found.append(restoration.own_picture(args, 3, 32))
+        found.append(common.own_picture(args, 3, 32))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     x, seen = found[0]
     for channel, value in zip(x[0], (90, 130, 20)):
@@ -650,7 +650,7 @@ def test_a_digit_in_the_form_of_mnist_stays_as_it_is(tmp_path, name):
 def test_a_colour_picture_is_cut_to_its_middle(tmp_path):
     Image.new("RGB", (90, 60), (200, 10, 10)).save(tmp_path / "a.png")
     args = restoration.parse_args(["--image", str(tmp_path / "a.png")])
-    x, mask = restoration.own_picture(args, 3, 32)
+    x, mask = common.own_picture(args, 3, 32)
     assert x.shape == (1, 3, 32, 32) and mask.shape == (1, 1, 32, 32)
     assert_close(x[0, :, 5, 5], 2 * torch.tensor([200, 10, 10]) / 255 - 1, rtol=0, atol=0.01)
 

@@ -315,6 +315,31 @@ def numbered(n):
     return common.Images(y.view(n, 1, 1, 1), y, "numbers")
 
 
+@given(seeds(), st.integers(1, 20), st.integers(1, 3))
+def test_nearest_is_the_smallest_root_mean_square(seed, n, c):
+    """Against a loop over all pairs; a thousand and one x are looked at in two parts."""
+    rng = generator(seed)
+    images = common.Images(torch.randint(256, (n, c, 2, 3), dtype=torch.uint8, generator=rng),
+                           None, "noise")
+    x = 2 * torch.rand(3, c, 2, 3, generator=rng) - 1
+    train = images.x.double() / 127.5 - 1
+    pairs = [[math.sqrt(((one - other) ** 2).mean()) for other in train] for one in x.double()]
+    distances, indices = common.nearest(x, images)
+    # float32 may take a matrix product: √eps times the norm of a picture, up to √(c 6)
+    assert_close(distances.tolist(), [min(row) for row in pairs], rtol=0, atol=2e-3)
+    assert all(row[i] <= min(row) + 2e-3 for row, i in zip(pairs, indices.tolist()))
+    many, _ = common.nearest(x[:1].expand(1001, -1, -1, -1), images)
+    assert many.shape == (1001,) and (many - distances[0]).abs().max() < 2e-3
+
+
+def test_copies_of_training_pictures_have_distance_zero():
+    images = common.Images(torch.arange(64).view(4, 1, 4, 4).to(torch.uint8), None, "ramp")
+    copies = common.nearest(common.to_float(images.x[:2]), images)
+    assert copies[0].max() < 1e-3 and copies[1].tolist() == [0, 1]
+    # every pixel 127.5 of 255 further: one unit of [-1, 1]
+    assert_close(common.nearest(common.to_float(images.x[3:]) + 1, images)[0].item(), 1.0)
+
+
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 40), seeds())
 def test_batches_from_any_step_continue_the_same_stream(n, size, step, seed):
     images = numbered(n)
