@@ -579,7 +579,7 @@ def train(run, args, method, images):
     z_fixed = with_labels(z, method.sample_labels(args.n_samples).to(run.device))
     G, D = break_it(args.breaks, method, *method.nets(c, side), c)
     G, D = G.to(run.device), D.to(run.device)
-    average = common.average_of(G, steps)
+    average = common.average_of(G, steps * args.g_steps)
     lr_d, lr_g = method.lr
     lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d or lr_d, ADAM_BETAS, fused=True)

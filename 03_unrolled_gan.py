@@ -166,7 +166,7 @@ def train(run, args, data, k):
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=(args.beta1, 0.999), fused=True)
                     for net, lr in ((G, args.lr_g), (D, args.lr_d)))
     rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
-    average = common.average_of(G, args.steps)
+    average = common.average_of(G, args.steps * args.g_steps)
     drawing_g = average.module if args.averaged else G
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every k
     batches = data.batches(run)

@@ -56,7 +56,7 @@ def say(text, file=None):
 def fail(message, status=2):
     """Ends the run with one line on stderr; status 2 means that the input was wrong."""
     if rank() == 0:  # all processes fail alike, and one of them says so
-        say(f"error: {message}", sys.stderr)
+        say(f"error: {shown(message)}", sys.stderr)
     raise SystemExit(status)
 
 
@@ -99,7 +99,8 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
             hidden = action.default is None or action.default is False  # tells nobody anything
             return action.help if hidden else super()._get_help_string(action)
 
-    p = OneLineParser(prog=f"{script}.py", description=doc, formatter_class=Formatter)
+    p = OneLineParser(prog=f"{script}.py", description=doc, formatter_class=Formatter,
+                      allow_abbrev=False)  # or 01's --k 5 would be taken for --k-test 5
     g = p.add_argument_group("shared flags")
     if trains:
         g.add_argument("--data", default=data, metavar="NAME", help=data_help)
@@ -120,7 +121,7 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
 
 
 def parse(p, argv, quick):
-    """p.parse_args(argv); with --quick the defaults are those of `quick`, what is given stands.
+    """p.parse_args(argv); with --quick, flags that are not given take their values from `quick`.
 
     A quick run writes to a folder of its own within --out, where it replaces no picture or weights.
     """
@@ -136,10 +137,10 @@ def parse(p, argv, quick):
 
 
 def as_script(main):
-    """main(), for `if __name__ == "__main__"`: as it should go whatever its output is.
+    """Runs main(), for `if __name__ == "__main__"`, whatever stdout and stderr are.
 
-    A character that the output's encoding lacks is replaced; closed streams (>&-) take everything;
-    a reader that leaves (| head) ends the run without a word and with status 141, as of SIGPIPE.
+    A character that the encoding lacks is replaced; what is written to a closed stream (>&-) is
+    dropped; when the reader leaves (| head), the run ends silently with status 141, as by SIGPIPE.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed it
@@ -148,22 +149,24 @@ def as_script(main):
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
-            main()
+            with stopped_in_one_line():
+                main()
         finally:
             sys.stdout.flush()  # here, not when Python has ended
     except OSError as e:
-        if e.filename or e.errno not in (errno.EPIPE, errno.EINVAL, errno.ENOSPC):
+        left = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)  # the reader has
+        if e.filename or e.errno not in (*left, errno.ENOSPC):
             raise  # that is of a file, not of what is printed
         nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python writes when it ends
         os.dup2(nowhere, sys.stdout.fileno())
         if e.errno == errno.ENOSPC:
             fail("cannot print: the disk is full; files are whole", status=1)
         os.dup2(nowhere, sys.stderr.fileno())
-        raise SystemExit(141)  # EPIPE, which Windows calls EINVAL
+        raise SystemExit(141)
 
 
 def check_batch(args, images, why):
-    """Ends the run if a process would get a single picture of a batch; `why` it needs two."""
+    """Ends the run if a process would get one picture of a batch. why: the reason it is told."""
     least = 2 * processes()
     if min(args.batch, len(images.x)) < least:
         fail(f"{why}: use --batch {least} or more, and as many pictures")
@@ -201,7 +204,7 @@ class Run:
 
     def __enter__(self):
         with contextlib.ExitStack() as taken:
-            taken.enter_context(stopped_in_one_line())
+            taken.enter_context(stopped_in_one_line(resumes="resume" in self.args))
             taken.enter_context(joined())
             taken.enter_context(contextlib.redirect_stdout(io.StringIO()) if rank()
                                 else locked(self.args.out))
@@ -224,14 +227,15 @@ class Run:
             self.save()
 
     def on_ctrl_c(self, *_):
-        """The first Ctrl-C in a training waits for the end of its step; any other stops at once."""
+        """In a training the first Ctrl-C asks steps() to stop after this step; a second one stops
+        at once, or with several processes is ignored. Elsewhere Ctrl-C stops at once."""
         if not self.training or self.pressed and processes() == 1:
             raise KeyboardInterrupt
         self.pressed = True
 
     def each(self, names):
         """The names of the trainings that are not over yet, one after the other."""
-        if not self.looked:  # not earlier: load_images says what args.data is
+        if not self.looked:  # not earlier: load_images adds to args what is compared with it
             self.saved, self.looked = load_checkpoint(self.args), True
             if self.saved:
                 self.done, self.rows, self.shots = (
@@ -272,10 +276,17 @@ class Run:
                 fail(f"stopped at step {self.step}; the same command with --resume goes on",
                      status=130)
         self.training = False
+        if any(of_all_processes(self.pressed)):  # while the last checkpoint was written
+            fail(f"stopped at step {self.step}; the same command with --resume goes on", status=130)
         share_state(parts)
 
     def save(self):
-        """Writes the checkpoint, with all that the next life of this run needs."""
+        """Writes the checkpoint, with all that the next life of this run needs; no broken one."""
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all()
+                                                       for p in part.parameters()):
+                fail(f"the weights of {name} are not finite after step {self.step}: stopped, the "
+                     "last checkpoint is kept", status=1)
         save_checkpoint(self.args, self.parts, name=self.name, step=self.step, rows=self.rows,
                         kept=self.kept, shots=self.shots, drawn=self.drawn, done=self.done)
 
@@ -331,17 +342,18 @@ class Run:
         first = not self.shots
         self.shots.setdefault(self.name, {})[self.step] = to_uint8(x).cpu()
         save_process(self.args.out / "process.png", self.shots,
-                     f"chapter {self.args.script[:2]} on {Path(self.args.data).name}, "
+                     f"chapter {self.args.script[:2]} on {Path(self.args.data).resolve().name}, "
                      f"seed {self.args.seed}", tell=first)
 
 
 @contextlib.contextmanager
-def stopped_in_one_line():
-    """Within it Ctrl-C, but for the one that a training waits with, ends the run with one line."""
+def stopped_in_one_line(resumes=False):
+    """Within it a KeyboardInterrupt, see Run.on_ctrl_c, ends the run with one line."""
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped; files are whole, and --resume goes on after the last checkpoint", 130)
+        fail("stopped; files are whole"
+             + ", and --resume goes on after the last checkpoint" * resumes, 130)
 
 
 @contextlib.contextmanager
@@ -372,11 +384,15 @@ def pick_device(name):
     try:
         device = torch.device(name or best)
         if device.type == "cuda" and processes() > 1:  # each has a GPU of its own
+            here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if here > gpus:  # all processes see it alike
+                fail(f"{here} processes for {gpus} GPUs: use --nproc-per-node {gpus}, or --device "
+                     "cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):  # not built in, or not in this machine
-        fail(f"there is no device {name!r} here: leave --device out, or use --device cpu")
+    except (RuntimeError, AssertionError):  # not built in, not in this machine, or taken
+        fail(f"device {str(name or best)!r} cannot be used here: use --device cpu")
     print(f"device {device}" + f", {torch.get_num_threads()} threads" * (device.type == "cpu")
           + f", {processes()} processes" * (processes() > 1))
     return device
@@ -432,7 +448,7 @@ def joined():
     """Within it the processes that torchrun has started can reach each other."""
     mine = processes() > 1 and not distributed.is_initialized()
     if mine:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group()  # nccl for what lies on GPUs, gloo for the rest
     yield
     if mine:
         distributed.destroy_process_group()
@@ -504,6 +520,8 @@ def load_images(args, device, train=True):
         images = images._replace(x=images.x[:N_QUICK], y=None if images.y is None
                                  else images.y[:N_QUICK])
     images = images._replace(stamp=stamp_of(images))
+    if len(set(of_all_processes(images.stamp))) > 1:
+        fail("the processes have read different pictures: give all of them the same --data-dir")
     setattr(args, "train_stamp" if train else "test_stamp", images.stamp)
     n, c, h, w = images.x.shape
     print(f"data {images.name}: {n:,} {'training' if train else 'test'} pictures, {c}x{h}x{w}")
@@ -513,7 +531,7 @@ def load_images(args, device, train=True):
 
 def find_images(args, train):
     """load_images, without a device and with all pictures."""
-    name = args.data or "mnist"
+    name = "mnist" if args.data is None else args.data
     if name == "digits":
         images = load_digits(args, train)
     elif name in ("mnist", "fashion", "cifar10"):
@@ -579,8 +597,8 @@ def wrong_file(kind, root):
         return f"{few(wrong)} is missing or damaged: put the true one there" if wrong else None
 
     home, lengths = root / kind.__name__, {}
-    there = [file for file in sorted([*root.glob("*ubyte*"), *home.rglob("*ubyte*")])
-             if file.is_file()]
+    loose = root.glob("*ubyte*") if kind is datasets.MNIST else ()  # Fashion's have these names too
+    there = [file for file in sorted([*loose, *home.rglob("*ubyte*")]) if file.is_file()]
     for archive, md5 in kind.resources if there else ():
         packed = home / "raw" / archive
         file = packed.with_suffix("")
@@ -609,8 +627,8 @@ def wrong_file(kind, root):
 def load_folder(args, folder, train):
     """Every picture below `folder` as RGB, centre-cropped to a square and resized to args.size.
 
-    Every tenth is the test part: of each label if there are labels(), which then follow each other
-    evenly, and the last picture of a label that has fewer than ten.
+    Every tenth is for tests: of all pictures, or with labels() of each label, where a label of
+    fewer than ten gives its last. Pictures of all labels alternate evenly.
     """
     files, left_out = picture_files(folder, args.out)
     pictures = decoded(args, folder, files)
@@ -627,10 +645,10 @@ def load_folder(args, folder, train):
 
     group = torch.zeros(len(pictures), dtype=torch.long) if y is None else y
     counts = torch.bincount(group)
-    place = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]  # among its like
-    held_out = place % 10 == (9 if y is None else (counts - 1).clamp(max=9)[group])
-    order = ((place + 0.5).double() / counts[group]).argsort(stable=True)
-    chosen = order[held_out[order] != train]
+    nth = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]  # among its like
+    held_out = nth % 10 == (9 if y is None else (counts - 1).clamp(max=9)[group])
+    order = ((nth + 0.5).double() / counts[group]).argsort(stable=True)
+    chosen = order[held_out[order] != train]  # to train: those that are not held out
     if not len(chosen):
         fail(f"{shown(folder)} holds {len(pictures)} pictures, and every tenth is kept for tests: "
              "give a folder with at least 10")
@@ -662,8 +680,7 @@ def picture_files(folder, out):
     """The picture files below `folder`, and what is left out, as a list of texts.
 
     Files: {path: the path that links lead to}, sorted by name. What is hidden is passed over,
-    linked folders are followed, each file is taken once. What this run or another has written is no
-    data.
+    linked folders are followed, each file is taken once, results of runs are left out.
     """
     def refuse(e):
         fail(f"{shown(e.filename)} cannot be read ({e.strerror}): change that, or move it away")
@@ -717,15 +734,12 @@ def is_hidden(name):
 def decoded(args, folder, files):
     """{path: uint8 [3, size, size]} for those of `files`, see picture_files, that can be used.
 
-    All of them, or without --skip the end of the run, with one line. Kept in args.out/pictures.pt,
-    so that only what has changed since is decoded again.
+    If some cannot, the run ends with one line, or with --skip they are missing here. What was
+    decoded is kept in args.out/pictures.pt; later only new and changed files are decoded.
     """
-    def stamp(file):
-        stat = file.stat()
-        return f"{files[file]!a} {stat.st_size} {stat.st_mtime_ns}"
-
     size, kept = args.size, args.out / "pictures.pt"
-    stamps = {file: stamp(file) for file in files}
+    stamps = {file: f"{true!a} {stat.st_size} {stat.st_mtime_ns}"
+              for file, true in files.items() for stat in [file.stat()]}
     known = {}
     with contextlib.suppress(Exception):  # a missing or broken file is made anew
         saved = torch.load(kept, weights_only=True)
@@ -849,7 +863,7 @@ def fitting(side):
 
 
 def check_side(images):
-    """Ends the run if halving the side as often as the networks do, to 4 to 7, leaves a rest."""
+    """Ends the run if the networks, which halve a side and double it again, draw another one."""
     side = images.x.shape[2]
     fits = fitting(side)
     if side != fits:
@@ -885,16 +899,17 @@ def to_uint8(x):
 
 
 def paths(draw, codes):
-    """Both ends and the middle of the way between neighbours: uint8 [N - 1, 3, C, H, W].
+    """For each two neighbours among the codes the first, their middle, the second, as pictures.
 
-    draw(codes [N, d]) -> pictures in [-1, 1]. For 07's --score.
+    draw(codes [N, d]) -> pictures in [-1, 1]; uint8 [N - 1, 3, C, H, W]. For 07's --score.
     """
     ends, middle = (to_uint8(draw(part)).cpu() for part in (codes, (codes[:-1] + codes[1:]) / 2))
     return torch.stack([ends[:-1], middle, ends[1:]], dim=1)
 
 
 def nearest(x, images):
-    """Distances [N] of x [N, C, H, W] to the nearest of 10,000 training pictures, and which it is.
+    """Of each x [N, C, H, W] the distance to the nearest of the first 10,000 training pictures, and
+    its index: two [N].
 
     Root mean square over the pixels, in [-1, 1] units. Blur lowers it: look at the pictures, too.
     """
@@ -1029,7 +1044,7 @@ def load_digits(args, train):
     """20,000 training or 4,000 test digits, the same for everyone; drawn once, kept as one file."""
     kept = args.data_dir / "digits.pt"
     with contextlib.suppress(Exception):  # a missing or broken file is drawn anew
-        return Images(*torch.load(kept, weights_only=True)[train], "drawn digits")
+        return Images(*torch.load(kept, weights_only=True)[train], "drawn digits")  # [test, train]
     both = [draw_digits(4_000, seed=1), draw_digits(20_000, seed=0)]
     with contextlib.suppress(OSError, RuntimeError):  # not kept: that costs seconds, no more
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -1157,10 +1172,14 @@ def own_picture(args, c, side):
     the ink's longer side 20 pixels of 28, its centre of mass on pixel 14 of 0 to 27. What hidden
     pixels hold does not matter.
     """
+    if args.data == "fashion":
+        fail("--image is for digits and for colour: of a grey photo the ink of a digit is taken")
     x = TF.to_tensor(open_picture(args.image, "RGB" if c == 3 else "L", "white"))
     height, width = x.shape[1:]
     mask = read_mask(args.mask, height, width)
     size = min(height, width)
+    if size < side and c == 3:
+        fail(f"{args.image} is {width}x{height}, and {side}x{side} is the least")
     top, left = (height - size) // 2, (width - size) // 2
     if c == 1:
         scale = 384 / max(height, width)  # fast, and G's 20 pixels are a 19th of it
@@ -1170,7 +1189,7 @@ def own_picture(args, c, side):
         longer = max(rows, columns)
         if longer < max(1, scale) * side / 2:
             fail(f"the ink in {args.image} is {longer / max(1, scale):.0f} pixels long, and "
-                        f"{side / 2:.0f} is the least: go nearer, or cut the photo down to it")
+                 f"{side / 2:.0f} is the least: go nearer, or cut the photo down to it")
         size = math.ceil(1.4 * longer)
         mass = [(x[0].sum(dim=d) @ torch.arange(1.0 * x.shape[2 - d]) / x.sum()).item()
                 for d in (1, 0)]
@@ -1215,7 +1234,7 @@ def draw_points(ax, points, centres, reach, levels=None):
 def figure(rows, columns, width, height, title=""):
     """A matplotlib figure of width x height inches, and its axes in a 2-D array."""
     fig = Figure(figsize=(width, height), layout="constrained")
-    fig.suptitle(title)
+    fig.suptitle(title, parse_math=False)  # a folder's name may have two $ in it
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
@@ -1251,7 +1270,7 @@ def save_process(path, shots, title, tell=True):
     height, width = cells[0][2].shape[1] + above, round(1.1 * cells[0][2].shape[2])
     inches = 1.8 * len(shots) * height / width
     fig = Figure(figsize=(1.8 * columns, inches + 0.4))
-    fig.suptitle(title, fontsize=10, wrap=True)
+    fig.suptitle(title, fontsize=10, wrap=True, parse_math=False)
     ax = fig.add_axes((0.01, 0, 0.98, inches / (inches + 0.4)))  # left, bottom, width, height
     whole = torch.full((3, height * len(shots), width * columns), 255, dtype=torch.uint8)
     for name, step, grid, i, j in cells:
@@ -1289,7 +1308,7 @@ def save_figure(fig, path, tell=True):
     """Writes a figure as PNG, and says where."""
     write_whole(path, lambda file: fig.savefig(file, dpi=110, format="png"))
     if tell:
-        print(f"wrote {relative(path)}")
+        say(f"wrote {relative(path)}")
 
 
 def save_animation(figures, path):
@@ -1392,8 +1411,8 @@ def write_whole(path, write):
     try:
         replace(path, write)
     except (OSError, RuntimeError) as e:  # torch says RuntimeError for a full disk
-        fail(f"cannot write {relative(path)} ({str(e).splitlines()[0]}); what was there is kept",
-             status=1)
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        fail(f"cannot write {relative(path)} ({why}); what was there is kept", status=1)
 
 
 def save(value, path):
@@ -1437,7 +1456,8 @@ def settings(args):
 def save_checkpoint(args, parts, **rest):
     """Writes the states of `parts` (networks, optimisers, ... by name), the random state, the flags
     and `rest` (tensors, numbers, text, lists, dicts) to checkpoint.pt."""
-    gpu = torch.get_device_module() if torch.accelerator.is_available() else None
+    gpu = torch.get_device_module() if args.device != "cpu" and torch.accelerator.is_available() \
+        else None
     random = of_all_processes((torch.get_rng_state(), gpu and gpu.get_rng_state()))
     save({"settings": settings(args), "parts": {k: part.state_dict() for k, part in parts.items()},
           "random": random, **rest}, args.out / "checkpoint.pt")
@@ -1487,13 +1507,17 @@ def tell_replaced(out):
                 f"a run that has come to {place(saved)} (--resume goes on with it)")
         except Exception:  # it is replaced whatever is wrong with it
             left = "a checkpoint that cannot be read"
-        print(f"{relative(out)} holds {left}: this run begins anew and replaces it")
+        print(f"{relative(out)} holds {left}: this run begins anew and replaces it; "
+          "files of other trainings stay")
 
 
 def restore(saved, parts):
     """Puts the states of a loaded checkpoint, the random state too, back into `parts`."""
-    for name, part in parts.items():
-        part.load_state_dict(saved["parts"][name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+    except (KeyError, ValueError, RuntimeError):
+        fail("the checkpoint is of other networks than this chapter has now: use another --out")
     cpu, gpu = saved["random"][rank()]
     torch.set_rng_state(cpu)
     if gpu is not None and torch.accelerator.is_available():
@@ -1511,8 +1535,7 @@ def load_kept(path, needed, expected):
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         theirs = kept["settings"]
-        for key in needed:
-            kept[key]
+        [kept[key] for key in needed]
     except Exception:  # whatever is wrong with the file, the answer is the same
         fail(f"{relative(path)} does not hold {', '.join(needed)}: move it away")
     refuse_others(path, "trained", theirs, expected)

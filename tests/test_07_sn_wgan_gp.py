@@ -1052,6 +1052,19 @@ def test_colour_is_scored_when_the_weights_are_there(tmp_path, capsys, monkeypat
     assert "truncated" not in shown
 
 
+def test_real_pictures_in_colour_are_not_those_they_are_compared_with(monkeypatch):
+    """Distances are to the first 10,000 training pictures, as in grey; CIFAR-10 has 50,000."""
+    monkeypatch.setattr(gan, "Inception", lambda weights: nn.Identity())
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: {})
+    monkeypatch.setattr(gan, "read", lambda net, x: (x.flatten(1).float(), None))
+    monkeypatch.setattr(gan, "N_SAMPLES", 50)
+    x = torch.randint(256, (2200, 3, 2, 2), dtype=torch.uint8, generator=generator(0))
+    images, test = common.Images(x, None, "faces"), common.Images(x[:2100], None, "faces")
+    args, run = set_samples(gan.parse_args(["--data", "cifar10"]), 2049), mock.Mock(device="cpu")
+    ruler = gan.make_ruler(run, args, images, test)
+    assert torch.equal(ruler.real, x[-50:]) and len(ruler.reference) == 50
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--models", "gan"], ["--models", "gan"]), (["--n-critic", "0"], ["--n-critic", "0"]),
     (["--steps", "0"], ["--steps", "0"]), (["--batch", "0"], ["--batch", "0"]),

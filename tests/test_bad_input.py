@@ -39,7 +39,8 @@ def pictures(tmp_path, change=None):
     (["--steps", "0"], ["--steps", "'0'"]), (["--steps", "-1"], ["--steps"]),
     (["--steps", "many"], ["--steps", "many"]), (["--seed", "x"], ["--seed"]),
     (["--seed", "9" * 20], ["--seed", "2147483647"]),
-    (["--colour"], ["--colour"])])
+    (["--colour"], ["--colour"]), (["--see", "1"], ["--see"]),  # no part of a flag is a flag
+    (["--data", ""], ["--data", "neither"])])
 def test_flags(script, flags, words, refused):
     refused(script, flags, *words)
 

@@ -849,6 +849,42 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     assert same_results(toy(args), straight)
 
 
+@pytest.mark.parametrize("step", [6, 12])  # checkpoints are due after both; 12 is the last step
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, straight, capsys, step):
+    """The loss of a step is still good when its update is not."""
+    def spoil(run):
+        if (run.step, run.name) == (step, "b"):
+            run.parts["net"].weight.data[0, 3] = math.nan
+
+    args = arguments(tmp_path, "--resume")
+    one_line(capsys, lambda: toy(args, in_step=spoil), f"weights of net are not finite after step "
+             f"{step}", status=1)
+    assert torch.load(args.out / "checkpoint.pt")["step"] == step - 1
+    assert same_results(toy(args), straight)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path, capsys):
+    """A reader who has changed a layer goes on with --resume."""
+    args = arguments(tmp_path, "--resume")
+    with killed_after(5):
+        toy(args)
+    with mock.patch.object(torch.nn, "Linear", lambda i, o: torch.nn.Bilinear(i, i, o)):
+        one_line(capsys, lambda: toy(args), "other networks", "--out")
+
+
+def test_a_line_of_an_error_is_one_line(capsys):
+    """Names of files may hold any character but / and the zero byte."""
+    one_line(capsys, lambda: common.fail("no file two\nlines.png"), "two\\nlines")
+
+
+def test_titles_are_no_formulas(tmp_path):
+    """A folder may be called a$^$b; matplotlib would take what stands between $ for mathematics."""
+    common.plot_curves(tmp_path / "a.png", [{"model": "a", "step": 1, "loss": 1.0}], {"loss": ""},
+                       title="a$^$b")
+    common.save_process(tmp_path / "b.png", {"a": {1: torch.zeros(4, 1, 8, 8).byte()}}, "a$^$b")
+    assert (tmp_path / "a.png").stat().st_size and (tmp_path / "b.png").stat().st_size
+
+
 def test_a_finished_run_can_be_given_more_trainings(tmp_path, straight):
     args = arguments(tmp_path, "--resume", "-k", 0)
     toy(args, names=["a"])

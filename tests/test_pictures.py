@@ -631,6 +631,17 @@ def test_a_wrong_file_of_mnist_is_named(tmp_path, digits_dir, no_download, capsy
     one_line(capsys, mnist(tmp_path, digits_dir, change, flags), *words)
 
 
+def test_loose_files_are_not_taken_for_those_of_fashion(tmp_path, no_download, capsys):
+    """Both have files of the same names, and nothing in these tells which they are."""
+    write_mnist(tmp_path / "data")
+    for file in (tmp_path / "data" / "MNIST" / "raw").iterdir():
+        file.rename(tmp_path / "data" / file.name)
+    args = arguments(tmp_path, "--data", "fashion")
+    one_line(capsys, lambda: common.load_images(args, "cpu"), "cannot be downloaded")
+    args = arguments(tmp_path, "--data", "mnist")
+    one_line(capsys, lambda: common.load_images(args, "cpu"), "has to be", "MNIST/raw", "rename it")
+
+
 def test_a_wrong_file_of_cifar_is_named(tmp_path, no_download, capsys):
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
