@@ -780,7 +780,7 @@ def draw_slopes(ax, log):
         ax.plot(p, slope, f"C{colour}", label=name)
         rows = [row for row in log if row["model"] in (name, f"{name}-ahead")]
         ax.plot([row["D(G(z))"] for row in rows], [row["slope"] for row in rows], ".",
-                color=f"C{colour}", markersize=4, alpha=0.5)
+                color=f"C{colour}", markeredgecolor="black", markeredgewidth=0.4)
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 2.05), xlabel="D(G(z))", ylabel="|∂loss_G / ∂score|")
     ax.set_title("lines: by the formula\ndots: while training", fontsize=9)
 

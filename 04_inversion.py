@@ -11,7 +11,7 @@ See      inversion.png: pictures, and what was found for them. starts.png: the
          error of every start. worst.png: where the best z found fits least.
          between.png: from one test picture to another. The next run takes G and
          E from generator.pt. Printed: mean squared errors. On test digits of
-         MNIST random starts leave 0.029, the hybrid 0.0031 in as many steps:
+         MNIST random starts leave 0.031, the hybrid 0.0031 in as many steps:
          most of what random starts miss is the fault of the search, not of G.
 Differs  Adam with beta2 = 0.9 moves z. G has averaged weights, and is trained
          for 2,000 steps only. A z of 64 numbers leaves over twice the error.

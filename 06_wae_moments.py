@@ -286,7 +286,7 @@ def figures(args, images, done, log):
                        "N(0, 1)")
 
     fig, axes = common.figure(1, len(done), 1.5 + 3 * len(done), 2.9,
-                              f"Losses on {images.name}, seed {args.seed}")
+                              f"Losses on {images.name}, seed {args.seed} (without MMD² <= 0)")
     for ax, name in zip(axes[0], done):
         draw_losses(ax, [row for row in log if row["model"] == name])
         ax.set_title(name)
