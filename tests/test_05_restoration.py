@@ -659,7 +659,7 @@ def test_pictures_that_would_be_misread_are_refused(tmp_path, capsys):
     """A shirt is no ink, and a picture below the side of G would be made larger without a word."""
     Image.new("RGB", (90, 31), (200, 10, 10)).save(tmp_path / "a.png")
     args = restoration.parse_args(["--image", str(tmp_path / "a.png")])
-    one_line(capsys, lambda: common.own_picture(args, 3, 32), "a.png is 90x31", "32x32 is the least")
+    one_line(capsys, lambda: common.own_picture(args, 3, 32), "a.png is 90x31", "32x32")
     args.data = "fashion"
     one_line(capsys, lambda: common.own_picture(args, 1, 28), "--image is for digits")
 
