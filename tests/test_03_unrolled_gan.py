@@ -330,7 +330,7 @@ def test_steps_of_both_players_are_counted(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_checkpoints")
 def test_the_readme_shows_what_is_printed_and_the_same_numbers_twice(tmp_path, capsys):
-    shown = README.partition("The chapter ends with")[2].split("\n\n")[1]
+    shown = re.split(r"The chapter\s+ends with", README)[1].split("\n\n")[1]
     unrolled.main(["--steps", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()[-3:]
     assert printed[0].split() == shown.split("\n")[0].split()
