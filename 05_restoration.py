@@ -253,8 +253,9 @@ def trained(run, args, images):
     path = args.out / "generator.pt"
     if args.generator:  # it may have been trained in any way, and on any data
         kept = common.load_kept(args.generator, ("G",), fits)
-    elif path.exists():
-        kept = common.load_kept(path, ("G",), decided)
+    elif path.exists():  # for a picture of one's own, however long it was trained
+        kept = common.load_kept(path, ("G",), {**fits, "data": images.name} if args.image
+                                else decided)
     else:
         for name in run.each(["generator"]):  # once, or not at all if --resume has it
             run.done[name] = train_generator(run, args, G, D, images)
@@ -395,7 +396,8 @@ def own_figure(args, G, pool, x, mask):
     """own.png: the photo, the same as G sees it and, with a --mask, what it hides; the repairs."""
     photo = common.open_picture(args.image, "RGB", "white")
     photo.thumbnail((600, 600))  # a panel has fewer pixels
-    pictures = {"photo": TF.pil_to_tensor(photo)[None], "as G sees it": common.to_uint8(x)}
+    as_seen = "as G sees it" if mask.all() else "as G sees it,\nhidden: black"
+    pictures = {"photo": TF.pil_to_tensor(photo)[None], as_seen: common.to_uint8(x)}
     if mask.all():  # no --mask, or one that hides nothing
         made = {"blind": repair(args, G, pool, x, mask, args.lam, "your picture, blind")}
     else:

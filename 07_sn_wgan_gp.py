@@ -22,6 +22,7 @@ Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
 
+import contextlib
 import math
 import socket
 from glob import glob
@@ -569,21 +570,26 @@ def score_files(args, images, ruler):
     # Windows leaves it to the program what * stands for
     files = [Path(file) for path in args.score for file in sorted(glob(str(path))) or [path]]
     for path in dict.fromkeys(files):
-        try:
+        x = None
+        with contextlib.suppress(Exception):  # whatever is wrong with the file
             x = torch.load(path, map_location=images.x.device, weights_only=True)
-            fits = x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x) > d
-            is_path = x.dtype == torch.uint8 and list(x.shape[1:]) == [3, *shape] and len(x) > 0
-        except Exception:  # whatever is wrong with the file, the answer is the same
-            common.fail(f"{path} cannot be read: --score takes what torch.save made of a uint8 "
-                        "tensor [N, C, H, W]")
-        if fits:
+        is_tensor = torch.is_tensor(x) and x.ndim > 0
+        holds = f"holds {x.dtype} {list(x.shape)}" if is_tensor else "holds no tensor"
+        if x is None:
+            print(f"left out: {path} cannot be read" if path.exists() else
+                  f"left out: there is no {path}")
+        elif not is_tensor or list(x.shape[1:]) not in (shape, [3, *shape]):
+            print(f"left out: {path} {holds}; wanted are pictures, torch.uint8 "
+                  f"[N, {', '.join(map(str, shape))}]")
+        elif x.dtype != torch.uint8:
+            print(f"left out: {path} {holds}; of floats in [-1, 1] make bytes by "
+                  "((x + 1) * 127.5).round().to(torch.uint8)")
+        elif list(x.shape[1:]) == shape and len(x) > d:
             measured[common.relative(path)] = measure(ruler, x, images)
-        elif is_path and ruler.own:
+        elif x.ndim == 5 and len(x) and ruler.own:
             paths[common.relative(path)] = path_measure(ruler.net, x)
         else:
-            print(f"left out: {path} holds {x.dtype} {list(x.shape)}; wanted are {d + 1} or more "
-                  f"pictures, torch.uint8 {shape}; of floats in [-1, 1] make them by "
-                  "((x + 1) * 127.5).round().to(torch.uint8)")
+            print(f"left out: {path} {holds}; {d + 1} pictures or more are needed")
     if not measured and not paths:
         common.fail("no file is left to score: each must hold pictures like those of --data")
     if paths:

@@ -22,6 +22,7 @@ Run      python 08_theory_checks.py
 """
 
 import contextlib
+import difflib
 import functools
 import itertools
 import math
@@ -2197,13 +2198,15 @@ def checked(name, seeds):
 
 
 def answer():
-    """What the reader answers: "holds", "refuted", "" to skip, or None at the end of input."""
+    """What the reader answers: "holds", "refuted", "" to skip, or None to end."""
     words = {"h": "holds", "holds": "holds", "r": "refuted", "refuted": "refuted", "": ""}
     while True:
-        print("holds or refuted? (h/r; Ctrl-D ends)", flush=True)
+        print("holds or refuted? (h/r; q ends)", flush=True)
         try:
             line = input().strip().lower()
         except (EOFError, RuntimeError):  # the input has ended, or was closed from the start
+            return None
+        if line == "q":
             return None
         if line in words:
             return words[line]
@@ -2238,7 +2241,9 @@ def parse_args(argv=None):
     args = common.parse(p, argv, quick={})
     unknown = [name for name in args.only or [] if name not in CLAIMS]
     if unknown:
-        common.fail(f"no claim is called {unknown[0]!r}: see --list")
+        near = difflib.get_close_matches(unknown[0].replace("_", "-"), CLAIMS, n=1)
+        common.fail(f"no claim is called {unknown[0]!r}: see --list"
+                    + "".join(f"; did you mean {name}?" for name in near))
     return args
 
 

@@ -56,7 +56,7 @@ def say(text, file=None):
 def fail(message, status=2):
     """Ends the run with one line on stderr; status 2 means that the input was wrong."""
     if rank() == 0:  # all processes fail alike, and one of them says so
-        say(f"error: {shown(message)}", sys.stderr)
+        say("error: " * (status != 130) + shown(message), sys.stderr)  # 130: Ctrl-C is no error
     raise SystemExit(status)
 
 
@@ -1361,10 +1361,10 @@ def progress(label, total, first=0):
         last = now
         seconds = max(now - began, 1e-9)
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        speed = items or step - first
+        speed, unit = (items, "pictures") if items else (step - first, "steps")
         left = (total - step) * seconds / max(step - first, 1)
-        line = (f"{label}  step {step:,}/{total:,}  {left:.0f} s left  {speed / seconds:,.0f}/s  "
-                f"{text}")
+        line = (f"{label}  step {step:,}/{total:,}  {left:.0f} s left  {speed / seconds:,.0f} "
+                f"{unit}/s  {text}")
         if terminal:
             line = WIPE + line[:shutil.get_terminal_size().columns - 1]
         print(line, end="\n" if step == total or not terminal else "", flush=True)
@@ -1508,8 +1508,8 @@ def tell_replaced(out):
                 f"a run that has come to {place(saved)} (--resume goes on with it)")
         except Exception:  # it is replaced whatever is wrong with it
             left = "a checkpoint that cannot be read"
-        print(f"{relative(out)} holds {left}: this run begins anew and replaces it; "
-          "files of other trainings stay")
+        print(f"{relative(out)} holds {left}: this run begins anew and replaces its "
+          "log and figures; weights and samples of other trainings stay")
 
 
 def restore(saved, parts):

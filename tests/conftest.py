@@ -23,7 +23,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
 
 def pytest_addoption(parser):
     parser.addoption("--mine", metavar="FILE", default="tests",  # see .pytest.ini
-                     help="put the functions of this Python file in the place of the book's, and "
+                     help="put the functions of this file in the place of the chapters', and "
                           "run the properties that are about them, nothing else")
 
 

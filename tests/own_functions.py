@@ -1,4 +1,4 @@
-"""python -m pytest --mine FILE: a student's own functions under the properties of the book.
+"""python -m pytest --mine FILE: a student's own functions under the properties of the chapters.
 
 A function of FILE stands for the one of the same name in each chapter where the parameters are the
 same: their names, their order, and which have a default. The book's are those of the sections
@@ -47,7 +47,7 @@ def book():
 
 
 def shape(function):
-    """What a student's function must have in common with the book's."""
+    """What a student's function must have in common with the chapters'."""
     return [(p.name, p.kind, p.default is p.empty)
             for p in inspect.signature(function).parameters.values()]
 
@@ -93,10 +93,10 @@ def places(functions, known):
                                         f"{wanted}")
             found |= {(chapter, name): functions[name] for chapter in fitting}
         elif near := difflib.get_close_matches(name, known.keys() - functions.keys(), 1, 0.85):
-            raise pytest.UsageError(f"{name} is not in the book; did you mean {near[0]}? If it is "
+            raise pytest.UsageError(f"{name} is in no chapter; did you mean {near[0]}? If it is "
                                     f"a helper, call it _{name}")
     if not found:
-        raise pytest.UsageError("the file has no function of the book"
+        raise pytest.UsageError("the file has no function of the chapters"
                                 + f", only {', '.join(functions)}" * bool(functions))
     return found
 
@@ -163,7 +163,7 @@ class Mine:
                 item.about += sorted(left & uses(item.obj, deep))
         items[:] = [item for item in items if item.about]
         if not items:
-            raise pytest.UsageError("the book has no property for "
+            raise pytest.UsageError("the chapters have no property for "
                                     + ", ".join(sorted({name for _, name in self.functions})))
 
     @pytest.hookimpl(tryfirst=True)
@@ -217,6 +217,6 @@ class Mine:
                                       f"{'y holds' if len(outcome) == 1 else 'ies hold'}",
                                       green=True)
             elif name not in tested:
-                terminalreporter.line(f"{title}not tested, the book has no property for it")
+                terminalreporter.line(f"{title}not tested, the chapters have no property for it")
         if self.helpers:
-            terminalreporter.line(f"not in the book, not tested: {', '.join(self.helpers)}")
+            terminalreporter.line(f"in no chapter, not tested: {', '.join(self.helpers)}")

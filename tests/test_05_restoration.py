@@ -825,8 +825,8 @@ def test_ones_own_mask_and_picture(tmp_path, digits_dir, capsys):
             (path.name, [title for title, _ in rows[0][1]])) or save(path, rows, *rest))
         run(tmp_path, digits_dir, "--image", str(image), "--mask", str(mask))
         run(tmp_path, digits_dir, "--image", str(image))
-    assert drawn == [("own.png", ["photo", "as G sees it", "hidden", "neighbours", "blind",
-                                  "known mask"]), ("own.png", ["photo", "as G sees it", "blind"])]
+    assert drawn == [("own.png", ["photo", "as G sees it,\nhidden: black", "hidden", "neighbours",
+                                  "blind", "known mask"]), ("own.png", ["photo", "as G sees it", "blind"])]
 
 
 def test_bad_pictures_and_masks_get_one_line(tmp_path, digits_dir, capsys):

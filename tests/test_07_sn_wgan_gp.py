@@ -962,15 +962,27 @@ def test_samples_that_cannot_be_scored_are_named(tmp_path, digits_dir, kept, cap
     torch.save({"x": 1}, tmp_path / "dict.pt")
     torch.save(torch.zeros(64, 1, 28, 28).byte(), tmp_path / "few.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name in ("dict.pt", "text.pt", "none.pt"):
-        capsys.readouterr()
-        one_line(capsys, lambda: run(tmp_path, digits_dir, kept, "--score", str(tmp_path / name)),
-                 name, "cannot be read")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, digits_dir, kept, "--score", str(tmp_path / "few.pt"))
-    shown = capsys.readouterr()
-    assert stop.value.code == 2 and "no file is left" in shown.err
-    assert "few.pt holds torch.uint8 [64, 1, 28, 28]; wanted are 65 or more" in shown.out
+    torch.save(torch.zeros(100, 1, 28, 28), tmp_path / "float.pt")
+    for name, told in (
+            ("dict.pt", "dict.pt holds no tensor; wanted are pictures, torch.uint8 [N, 1, 28, 28]"),
+            ("text.pt", "text.pt cannot be read"), ("none.pt", "there is no "),
+            ("float.pt", "float.pt holds torch.float32 [100, 1, 28, 28]; of floats in [-1, 1]"),
+            ("few.pt", "few.pt holds torch.uint8 [64, 1, 28, 28]; 65 pictures or more")):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, digits_dir, kept, "--score", str(tmp_path / name))
+        shown = capsys.readouterr()
+        assert stop.value.code == 2 and shown.err.count("\n") == 1 and told in shown.out
+        assert "no file is left" in shown.err
+
+
+def test_one_bad_file_does_not_end_the_scores_of_the_others(tmp_path, digits_dir, kept, capsys):
+    torch.save(torch.zeros(100, 1, 28, 28).byte(), tmp_path / "black.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    run(tmp_path, digits_dir, kept, "--score", *(str(tmp_path / f"{name}.pt") for name in (
+        "text", "none", "black")))
+    shown = capsys.readouterr().out
+    assert "text.pt cannot be read" in shown and "there is no " in shown
+    assert re.search(r"black.pt +100 ", shown)
 
 
 def test_samples_of_other_data_are_left_out_aloud(tmp_path, digits_dir, kept, capsys):
