@@ -271,7 +271,7 @@ def results(args, name, objective, net, z_fixed, images, test):
                     args.out / "paths.pt")
     x_train = observed(objective, (common.to_float(images.x[:32]) + 1) / 2)
     return {"pictures": pictures(net, x, x_train, samples), "likelihood": objective.likelihood,
-            "n": n, **measure(net, objective, x01[:n], x[:n], args.k_test),
+            "n": len(x01[:n]), **measure(net, objective, x01[:n], x[:n], args.k_test),
             "distance": common.nearest(samples, images)[0].mean().item()}
 
 

@@ -362,6 +362,15 @@ def test_a_small_folder_of_colour_pictures_is_enough(tmp_path, digits_dir):
     assert samples.shape == (100, 3, 32, 32)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
+def test_the_table_says_how_many_pictures_were_measured(tmp_path, digits_dir, capsys):
+    """A folder of 12 keeps one for tests, whatever the number that is asked for."""
+    run(tmp_path / "o", digits_dir, "--data", folder_of_pictures(tmp_path / "p", 12, 32), "--size",
+        "32", "--models", "vae", "no-kl")
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert header[3] == "n" and [row[2] for row in rows] == ["1", "1"]
+
+
 def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
     monkeypatch.setattr(vae, "log_bernoulli", lambda x, logits: logits.sum((-3, -2, -1)) * math.nan)
     one_line(capsys, lambda: run(tmp_path, digits_dir), "loss is nan at step 1", status=1)
