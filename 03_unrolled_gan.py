@@ -1,8 +1,9 @@
 r"""03 - Unrolled GAN: let G see how D will answer.
 
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
-Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z)))), θ: weights, σ: the
-         sigmoid. D returns logits and climbs f; G wants it low    -> value()
+Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z))))       -> value()
+         θ: weights; σ: the sigmoid; D returns logits and climbs f, G wants it
+         low.
 Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j) -> unroll()
          G descends f(θ_G, θ_D^k(θ_G)); D climbs one step -> unrolled_loss_g()
          k = 0 is the plain GAN, whose G may draw a single mode (cluster): mode
@@ -11,7 +12,7 @@ See      process.png, process.gif: the training, k = 0 beside k = 5. Printed:
          modes, how many of the ring's 8 G reaches, and good, the share of
          samples within 3 standard deviations of one. k = 5 reaches all 8, with
          96 to 97 % good (the data: 98.9 %); k = 0 reaches one or none.
-Differs  At θ_D^k, G descends -E log σ(D(G(z))), the non-saturating loss. Plain
+Differs  At θ_D^k G descends -E log σ(D(G(z))), the non-saturating loss. Plain
          gradient steps in the unrolling; Adam outside, rates that fall to 0. D
          has one hidden layer. On pictures G's weights are averaged.
 Try      With --method rollback the gradient does not pass through D's answer.

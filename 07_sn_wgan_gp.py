@@ -13,10 +13,10 @@ Idea     D's slope is ‖∇D(x)‖, its gradient in the picture. W1, Wasserstei
 See      samples.png; scores.png: both scores and D's slope while training;
          truncation.png. On MNIST the FID is 11 for vanilla, the plain GAN, and
          wgan-gp, 16 for sn, 58 for wgan: a stable GAN gains little from them.
-Differs  Adam at 3e-4 to 3e-3, falling to 0 in the second half; one step of D to
+Differs  Adam at 3e-4 to 3e-3, falling to 0 in the second half; a step of D to
          one of G; the logit of sn is 8 D(x). In the papers: rates up to 2e-4,
-         often five steps of D, a penalty of weight 10. Grey pictures are scored
-         by a small classifier, so compare with no published score.
+         often five steps of D, a penalty of weight 10. A small classifier
+         scores grey pictures, so compare with no published score.
 Try      With --n-critic 5, which model loses the least? Predict, then run.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
