@@ -387,11 +387,8 @@ def parse_args(argv=None):
     g.add_argument("--d-steps", type=common.number(int, 1), default=1,
                    help="steps of D in each training step")
     p.set_defaults(n_samples=N_SAMPLES)
-    args = common.parse(p, argv, quick=dict(n_samples=1000))
-    defaults = dict(SETTINGS.get(args.data, PICTURES))
-    if args.quick:
-        defaults["steps"] //= 40
-    for name, default in defaults.items():
+    args = common.parse(p, argv, quick=dict(steps=20, n_samples=1000))
+    for name, default in SETTINGS.get(args.data, PICTURES).items():
         if getattr(args, name, None) is None:
             setattr(args, name, default)
     return args

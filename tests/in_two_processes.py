@@ -1,6 +1,6 @@
 """What test_processes.py starts: torchrun --nproc-per-node 2 tests/in_two_processes.py FOLDER WHAT ...
 
-WHAT: gradients, chapters, whole, killed. Each process writes what it holds into FOLDER.
+WHAT: killed, resumed, whole, gradients, chapters. Each process writes what it holds into FOLDER.
 """
 
 import importlib
@@ -55,7 +55,7 @@ def chapters(folder):
             share(parts)
         common.share_state = spy
         steps = ["--steps", "20" if name.startswith("07") else "10"]
-        chapter.main(["--quick", *steps, "--batch", "8", "--data-dir", str(folder.parent),
+        chapter.main(["--quick", *steps, "--batch", "8", "--data-dir", str(folder.parent / "data"),
                       "--out", str(folder / name), *flags])
         torch.save(held, folder / f"{name}{common.rank()}.pt")
 
@@ -65,17 +65,22 @@ def killed(folder):
     def die(run):
         if (common.rank(), run.name, run.step) == (1, "a", 5):
             os.kill(os.getpid(), signal.SIGKILL)
-    toy(arguments(folder), in_step=die)
+    toy(arguments(folder / "killed"), in_step=die)
+
+
+def resumed(folder):
+    """The runs of killed(), taken up again."""
+    done = toy(arguments(folder / "killed", "--resume"))
+    torch.save(done, folder / f"resumed{common.rank()}.pt")
 
 
 def whole(folder):
-    """The toy runs of test_common.py, from a checkpoint if there is one."""
-    done = toy(arguments(folder, "--resume"))
-    torch.save(done, folder / f"done{common.rank()}.pt")
+    """The toy runs of test_common.py, in which no process dies."""
+    torch.save(toy(arguments(folder / "whole")), folder / f"whole{common.rank()}.pt")
 
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     for what in sys.argv[2:]:
-        {f.__name__: f for f in (gradients, chapters, killed, whole)}[what](Path(sys.argv[1]))
+        globals()[what](Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

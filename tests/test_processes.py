@@ -1,6 +1,7 @@
 """Several processes: torchrun starts every chapter as it stands, and Run shares the work."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,29 +18,26 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def torchrun(folder, *what):
-    """Two processes on one core each; their folder, how they ended, and what they said."""
-    folder.mkdir(exist_ok=True)
+    """Two processes on one core each: how they ended, and what they said."""
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          Path(__file__).parent / "in_two_processes.py", folder, *what],
         text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    return folder, run.returncode, run.stdout + run.stderr
+    return run.returncode, run.stdout + run.stderr
 
 
-def straight(folder):
-    """All that goes to its end, in one start of the two processes."""
-    return torchrun(folder / "straight", "gradients", "whole", "chapters")
+def two_starts(folder):
+    """Runs in which one process dies; in a second start these are taken up, and then all others."""
+    folder = folder / "processes"
+    folder.mkdir()
+    killed, _ = torchrun(folder, "killed")
+    return folder, killed, *torchrun(folder, "resumed", "whole", "gradients", "chapters")
 
 
-def killed_then_resumed(folder):
-    """The runs of "whole" in which one process dies, and these runs taken up again."""
-    return [torchrun(folder / "killed", "killed"), torchrun(folder / "killed", "whole")]
-
-
-@pytest.mark.beside(run=straight)
+@pytest.mark.beside(run=two_starts)
 def test_the_averaged_gradient_is_that_of_the_whole_batch(beside):
     """Two halves of a batch of 8: the mean of two means of 4 is the mean of 8."""
-    folder, status, said = beside
+    folder, _, status, said = beside
     assert status == 0, said
     found = [torch.load(folder / f"gradients{rank}.pt") for rank in (0, 1)]
     net, loss = net_and_loss()
@@ -60,9 +58,9 @@ def test_half_of_the_batch_is_rejected():
     assert (whole - half).abs().max() > 1e-3 * whole.abs().max()
 
 
-@pytest.mark.beside(run=straight)
+@pytest.mark.beside(run=two_starts)
 def test_chapters_keep_equal_parameters_and_write_one_set_of_files(beside):
-    folder, status, said = beside
+    folder, _, status, said = beside
     assert status == 0, said
     for name in CHAPTERS:
         both = [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)]
@@ -74,19 +72,18 @@ def test_chapters_keep_equal_parameters_and_write_one_set_of_files(beside):
         assert {"checkpoint.pt", "log.csv"} < files and not any(".tmp" in file for file in files)
         rows = (out / "log.csv").read_text().splitlines()
         assert len(rows) == 11, name  # a head, and one row for each step
-    assert said.count("device cpu") == 2 + len(CHAPTERS)  # the first process alone speaks
+    assert said.count("device cpu") == 3 + len(CHAPTERS)  # the first process alone speaks
 
 
-@pytest.mark.beside(run=straight)
-@pytest.mark.beside(run=killed_then_resumed)  # the nearest is the fixture beside
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_to_the_same_bits(beside, second_core):
-    (_, killed, _), (resumed, again, said_again) = beside
-    folder, status, said = second_core[straight].result()
-    assert status == 0 and again == 0, said + said_again
-    assert killed != 0 and "step 5/12" not in said_again.partition("b  step")[0].splitlines()[0]
+@pytest.mark.beside(run=two_starts)
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_to_the_same_bits(beside):
+    folder, killed, status, said = beside
+    assert killed != 0 and status == 0, said
+    first = re.search(r"a  step (\d+)/12", said)  # that is printed, of every second one
+    assert first[1] == "6"  # the second start began with step 5
     for rank in (0, 1):
-        results = [torch.load(folder / f"done{rank}.pt") for folder in (folder, resumed)]
-        assert same_results(*results)
+        resumed, whole = (torch.load(folder / f"{name}{rank}.pt") for name in ("resumed", "whole"))
+        assert same_results(resumed, whole)
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
