@@ -341,13 +341,13 @@ class Inception(nn.Module):
 def train(run, args, model, n_critic, images, ruler):
     """Trains one model; returns G and its pictures, uint8 [n_samples, C, H, W].
 
-    n_critic: D's steps to one of G. Every model makes --steps steps of D and G together, so that a
-    high n_critic is paid for with steps of G. run logs, saves and draws: run.due(10) is true 10
-    times, run.note adds to the row of that step, run.shoot adds pictures to process.png.
+    n_critic: D's steps to one of G. Above 1 they are paid for with steps of G: D and G together
+    have 2 --steps in every run. run logs, saves and draws: run.due(10) is true 10 times, run.note
+    adds to the row of that step, run.shoot adds pictures to process.png.
     """
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
-    steps = max(1, round(args.steps / (1 + n_critic)))
+    steps = max(1, round(2 * args.steps / (1 + n_critic)))
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
     G = generator(args.z_dim, c, side).to(run.device)
     D = discriminator(c, side, model.sn).to(run.device)
@@ -674,18 +674,19 @@ def parse_args(argv=None):
                    default=[name for name in MODELS if name != "wgan-sn"],
                    help=f"{', '.join(MODELS)}")
     g.add_argument("--n-critic", nargs="+", type=common.number(int, 1), default=[1], metavar="N",
-                   help="D's steps to one of G; every model is trained with each of them")
+                   help="D's steps to one of G; every model is trained with each of them, and D "
+                   "and G together have as many steps as with 1")
     g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.number(int, 1), default=4400,
-                   help="of D and G together, in each training (in chapter 02 of G alone)")
+    g.add_argument("--steps", type=common.number(int, 1), default=2200,
+                   help="of G, and as many of D (with --n-critic 1)")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
                    help="trains no GAN: scores samples*.pt and paths*.pt of any chapter, or "
                    "your uint8 tensor")
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=1000)
-    args = common.parse(p, argv, quick=dict(data="digits", steps=12, classifier_steps=20,
+    args = common.parse(p, argv, quick=dict(data="digits", steps=6, classifier_steps=20,
                                             n_samples=1000, n_score=200))
     args.score = args.score or []
     return args
@@ -704,7 +705,7 @@ def train_models(run, args, images, ruler):
 
     done = {name: numbers for name, numbers in run.done.items() if name != "classifier"}
     draw_samples(args.out / "samples.png", images, done, f"{images.name}, seed {args.seed}, "
-                 f"{args.steps:,} steps of D and G together, same z for all")
+                 f"{2 * args.steps:,} steps of D and G together, same z for all")
     draw_scores(args, images, list(done), run.rows, ruler)
     print_measures(images.name, ruler, done | ruler.calibration(images, args.seed),
                    ["FID", "IS", "KL", "distance", "slope"])

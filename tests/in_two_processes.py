@@ -54,9 +54,8 @@ def chapters(folder):
                          for key, part in parts.items() if isinstance(part, torch.nn.Module)})
             share(parts)
         common.share_state = spy
-        steps = ["--steps", "20" if name.startswith("07") else "10"]
-        chapter.main(["--quick", *steps, "--batch", "8", "--data-dir", str(folder.parent / "data"),
-                      "--out", str(folder / name), *flags])
+        chapter.main(["--quick", "--steps", "10", "--batch", "8", "--data-dir",
+                      str(folder.parent / "data"), "--out", str(folder / name), *flags])
         torch.save(held, folder / f"{name}{common.rank()}.pt")
 
 

@@ -680,12 +680,12 @@ def kept(tmp_path_factory):
 
 
 def run(out, digits_dir, kept, *flags):
-    """9 steps, and the classifier of the test before if there is one."""
+    """4 steps, and the classifier of the test before if there is one."""
     out.mkdir(exist_ok=True)
     mine = out / kept.name
     if kept.exists():
         mine.write_bytes(kept.read_bytes())
-    gan.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "9", "--batch", "8",
+    gan.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "4", "--batch", "8",
               "--out", str(out), *flags])
     if mine.exists():
         kept.write_bytes(mine.read_bytes())
@@ -723,7 +723,7 @@ def classifier_of(out):
 def test_a_kill_around_the_classifier_resumes_to_the_same_bits(tmp_path, digits_dir, monkeypatch):
     """Within its training, between its file and the next checkpoint, and within the next training.
 
-    20 steps of the classifier make 10 checkpoints, the model's 4 or 5 steps as many.
+    20 steps of the classifier make 10 checkpoints, the model's 4 steps as many.
     """
     flags, none = ["--models", "vanilla", "--resume"], tmp_path / "none"
     straight = run(tmp_path / "straight", digits_dir, none, *flags)
@@ -754,7 +754,7 @@ def test_a_checkpoint_holds_64_pictures_of_a_run_and_not_the_rest(tmp_path, digi
 
 
 def test_steps_of_both_players_are_counted(tmp_path, digits_dir, kept, monkeypatch):
-    """9 steps in all with n_critic 3 are two rounds of 3 D steps and one of G."""
+    """4 steps of each are with n_critic 3 two rounds of 3 D steps and one of G."""
     run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--n-critic", "3")  # keeps a classifier
     steps, original = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda opt, *a: (
@@ -774,7 +774,7 @@ def test_g_learns_what_the_data_look_like(tmp_path, digits_dir, kept, monkeypatc
     Trained the wrong way round they would become darker.
     """
     all_white(monkeypatch)
-    run(tmp_path, digits_dir, tmp_path / "none", "--models", name, "--steps", "60")
+    run(tmp_path, digits_dir, tmp_path / "none", "--models", name, "--steps", "30")
     assert torch.load(tmp_path / f"samples_{name}.pt").float().mean() > 160
 
 
@@ -839,7 +839,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, tensors
                                              monkeypatch):
     """create_graph keeps graphs alive in cycles if several terms are differentiated apart."""
     monkeypatch.setattr(common.Run, "shoot", lambda run, x: None)  # it keeps pictures
-    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "16")
+    run(tmp_path, digits_dir, kept, "--models", "wgan-gp", "--steps", "8")
     assert len(tensors_alive) == 8 and max(tensors_alive[3:]) <= tensors_alive[2]
 
 
@@ -847,7 +847,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, digits_dir, kept, tensors
 @pytest.mark.usefixtures("no_checkpoints")
 def test_the_study_runs_every_n_critic(tmp_path, digits_dir, kept):
     out = run(tmp_path, digits_dir, kept, "--n-critic", "1", "2", "5", "20", "--models", "sn",
-              "wgan", "--steps", "2")
+              "wgan", "--steps", "1")
     assert set(out) == {"log.csv"} | {f"samples_{name}-x{n}.pt" for name in ("sn", "wgan")
                                       for n in (2, 5, 20)} | {"samples_sn.pt", "samples_wgan.pt"}
 
@@ -1006,7 +1006,7 @@ def test_the_rate_of_g_falls_with_the_side(tmp_path, monkeypatch):
     rates, begin = [], torch.optim.Adam.__init__
     monkeypatch.setattr(torch.optim.Adam, "__init__", lambda opt, params, lr, *args, **more: (
         rates.append(lr), begin(opt, params, lr, *args, **more))[1])
-    gan.main(["--data", folder_of_pictures(tmp_path / "p", 12, 56), "--size", "56", "--steps", "2",
+    gan.main(["--data", folder_of_pictures(tmp_path / "p", 12, 56), "--size", "56", "--steps", "1",
               "--batch", "4", "--models", "wgan", "--out", str(tmp_path / "out")])
     assert rates == pytest.approx([1e-3, 1e-3 / 4])  # 56 is twice 28
 
@@ -1017,7 +1017,7 @@ def test_colour_without_inception_trains_without_scores_and_says_so(tmp_path, ca
     torch.save(many[:99], tmp_path / "a.pt")
 
     def run_folder(*flags):
-        gan.main(["--data", folder, "--size", "16", "--steps", "4", "--batch", "4", "--models",
+        gan.main(["--data", folder, "--size", "16", "--steps", "2", "--batch", "4", "--models",
                   "wgan-sn", "--out", str(tmp_path / "out"), *flags])
 
     monkeypatch.setattr(gan, "parse_args", lambda argv, parse=gan.parse_args: set_samples(
@@ -1059,7 +1059,7 @@ def test_colour_is_scored_when_the_weights_are_there(tmp_path, capsys, monkeypat
         noise if train else noise[:99], None, "faces"))
     monkeypatch.setattr(gan, "parse_args", lambda argv, parse=gan.parse_args: set_samples(
         parse(argv), 2049))
-    gan.main(["--data", "cifar10", "--steps", "2", "--batch", "4", "--models", "sn", "--out",
+    gan.main(["--data", "cifar10", "--steps", "1", "--batch", "4", "--models", "sn", "--out",
               str(tmp_path)])
     shown = capsys.readouterr().out
     assert "Inception FID" in shown and "real training pictures" in shown
