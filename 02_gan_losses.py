@@ -123,8 +123,8 @@ def gradient_norms(critic, x):
     return torch.linalg.vector_norm(grad.flatten(1), dim=1)
 
 
-def gradient_penalty(critic, x_real, x_fake, target=1.0, generator=None):
-    """E (‖∇critic(x̂)‖ - target)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
+def gradient_penalty(critic, x_real, x_fake, generator=None):
+    """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
     One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
     Raises ValueError if the shapes differ.
@@ -134,7 +134,7 @@ def gradient_penalty(critic, x_real, x_fake, target=1.0, generator=None):
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
     x_hat = alpha * x_real + (1 - alpha) * x_fake
-    return ((gradient_norms(critic, x_hat) - target) ** 2).mean()
+    return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
 
 
 def dragan_penalty(critic, x_real, generator=None):

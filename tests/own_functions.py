@@ -87,8 +87,9 @@ def places(functions, known):
                     for chapter in known[name]}
             fitting = [c for c in book if shape(book[c]) == shape(functions[name])]
             if not fitting:
-                wanted = " or ".join(f"{name}{inspect.signature(f)} as in chapter {chapter[:2]}"
-                                     for chapter, f in book.items())
+                forms = {f"{name}{inspect.signature(f)}": chapter[:2]  # the last that has it
+                         for chapter, f in book.items()}
+                wanted = " or ".join(f"{form} as in chapter {n}" for form, n in forms.items())
                 raise pytest.UsageError(f"{name}{inspect.signature(functions[name])} should be "
                                         f"{wanted}")
             found |= {(chapter, name): functions[name] for chapter in fitting}
