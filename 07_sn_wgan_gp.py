@@ -705,7 +705,8 @@ def train_models(run, args, images, ruler):
 
     done = {name: numbers for name, numbers in run.done.items() if name != "classifier"}
     draw_samples(args.out / "samples.png", images, done, f"{images.name}, seed {args.seed}, "
-                 f"{2 * args.steps:,} steps of D and G together, same z for all")
+                 f"{2 * args.steps:,} steps of D and G together"
+                 + ", same z for all" * (len(done) > 1))
     draw_scores(args, images, list(done), run.rows, ruler)
     print_measures(images.name, ruler, done | ruler.calibration(images, args.seed),
                    ["FID", "IS", "KL", "distance", "slope"])

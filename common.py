@@ -1235,7 +1235,7 @@ def figure(rows, columns, width, height, title=""):
     """A matplotlib figure of width x height inches, and its axes in a 2-D array."""
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(h_pad=0.08)  # inches: the title keeps off those of the panels
-    fig.suptitle(title, parse_math=False)  # a folder's name may have two $ in it
+    fig.suptitle(title, wrap=True, parse_math=False)  # a folder's name may have two $ in it
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 

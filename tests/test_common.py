@@ -877,6 +877,17 @@ def test_a_line_of_an_error_is_one_line(capsys):
     one_line(capsys, lambda: common.fail("no file two\nlines.png"), "two\\nlines")
 
 
+@pytest.mark.parametrize("wrap, fits", [(True, True), (False, False)])
+def test_a_title_is_no_wider_than_its_figure(wrap, fits):
+    fig, _ = common.figure(1, 1, 2.6, 3.2, "a folder of pictures, seed 0, 4,400 steps of D and G")
+    title = fig._suptitle
+    assert title.get_wrap()
+    title.set_wrap(wrap)  # False: the wrong twin
+    fig.canvas.draw()
+    whole, shown = fig.bbox, title.get_window_extent()
+    assert (whole.x0 <= shown.x0 and shown.x1 <= whole.x1 and shown.y1 <= whole.y1) == fits
+
+
 def test_titles_are_no_formulas(tmp_path):
     """A folder may be called a$^$b; matplotlib would take what stands between $ for mathematics."""
     common.plot_curves(tmp_path / "a.png", [{"model": "a", "step": 1, "loss": 1.0}], {"loss": ""},
