@@ -218,7 +218,8 @@ def generate(G, z):
 class Points:
     """The ring of 8 or the grid of 25 Gaussians in the plane: data, networks, measures."""
     legend = ("dots: samples; circles: modes; D says blue: real, white: 1/2, red: fake",
-              "good: share of samples within 3 standard deviations of a mode")
+              "good: share of samples within 3 standard deviations of a mode; modes: with one or "
+              "more of them")
 
     def __init__(self, run, args):
         self.args, self.name = args, args.data

@@ -2216,8 +2216,8 @@ def answer():
 def predict(names, seed):
     """Asks what becomes of each claim before it checks it, with one seed, and counts the hits."""
     right = asked = 0
-    for name in names:
-        print(f"\n{name}\n{textwrap.fill(statement(CLAIMS[name].check), 80)}")
+    for i, name in enumerate(names, 1):
+        print(f"\n{i} of {len(names)}: {name}\n{textwrap.fill(statement(CLAIMS[name].check), 80)}")
         guess = answer()
         if guess is None:
             print()
@@ -2225,7 +2225,7 @@ def predict(names, seed):
         if guess:
             asked += 1
             right += guess == CLAIMS[name].verdict
-            print(f"{'right' if guess == CLAIMS[name].verdict else 'no'}\n"
+            print(f"{'right' if guess == CLAIMS[name].verdict else 'wrong'}\n"
                   f"{reason(CLAIMS[name].check)}")
             common.print_table(["claim", "expected", "measured", "verdict"],
                                [checked(name, [seed])[0]])
@@ -2291,7 +2291,7 @@ def main(argv=None):
                 save_figure(args.out / f"{name}.png", *how)
         if unexpected:
             common.fail(f"not the expected verdict: {', '.join(unexpected)}", status=1)
-    print(f"all {len(names)} verdicts as expected, for each of {len(seeds)} seeds")
+    print(f"verdicts as expected: {len(names)} of {len(names)}, seeds for each: {len(seeds)}")
 
 
 if __name__ == "__main__":

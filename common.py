@@ -115,7 +115,8 @@ def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10
     g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0,
                    help="same seed, same CPU: same numbers")
     g.add_argument("--quick", action="store_true", help="seconds instead of minutes: the same "
-                   "code, few steps, drawn digits if no --data is given")
+                   "code, few steps, drawn digits if no --data is given" if trains else
+                   "with one seed")
     p.set_defaults(script=script)
     return p
 
@@ -295,6 +296,7 @@ class Run:
 
         x: float [size, C, H, W] in [-1, 1]; y: labels [size], or None where the data has none.
         """
+        self.data = images.name
         size = self.part(min(size, len(images.x))) * processes()
         mine = slice(rank(), None, processes())
         for x, y in batches(images, size, self.args.seed, self.drawn, mine):
@@ -342,8 +344,8 @@ class Run:
         first = not self.shots
         self.shots.setdefault(self.name, {})[self.step] = to_uint8(x).cpu()
         save_process(self.args.out / "process.png", self.shots,
-                     f"chapter {self.args.script[:2]} on {Path(self.args.data).resolve().name}, "
-                     f"seed {self.args.seed}", tell=first)
+                     f"chapter {self.args.script[:2]} on {self.data}, seed {self.args.seed}",
+                     tell=first)
 
 
 @contextlib.contextmanager
@@ -1208,7 +1210,9 @@ def own_picture(args, c, side):
 def panel(x, columns=8):
     """Pictures uint8 [N, C, H, W] as a grid with `columns` columns: draw(ax) for save_panels."""
     def draw(ax):
-        picture = make_grid(x.cpu(), nrow=columns, padding=1, pad_value=128)
+        alone = F.pad(x, [1] * 4, value=128)  # make_grid frames pictures if they are several
+        picture = make_grid((x if len(x) > 1 else alone).cpu(), nrow=columns, padding=1,
+                            pad_value=128)
         ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.axis("off")
 
@@ -1540,5 +1544,6 @@ def load_kept(path, needed, expected):
     except Exception:  # whatever is wrong with the file, the answer is the same
         fail(f"{relative(path)} does not hold {', '.join(needed)}: move it away")
     refuse_others(path, "trained", theirs, expected)
-    print(f"using what {relative(path)} has kept")
+    print(f"using what {relative(path)} has kept"
+          + "".join(f", trained with {n} steps" for n in [theirs.get("steps")] if n))
     return kept

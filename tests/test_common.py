@@ -877,6 +877,17 @@ def test_a_line_of_an_error_is_one_line(capsys):
     one_line(capsys, lambda: common.fail("no file two\nlines.png"), "two\\nlines")
 
 
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_pictures_stand_in_a_grey_frame(n):
+    """White ones would have no edge on the paper."""
+    ax = mock.Mock()
+    common.panel(torch.full((n, 1, 6, 6), 255, dtype=torch.uint8))(ax)
+    picture, = ax.imshow.call_args.args
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == 128).all()
+    assert (picture == 255).sum() == n * 6 * 6 * 3
+
+
 @pytest.mark.parametrize("wrap, fits", [(True, True), (False, False)])
 def test_a_title_is_no_wider_than_its_figure(wrap, fits):
     fig, _ = common.figure(1, 1, 2.6, 3.2, "a folder of pictures, seed 0, 4,400 steps of D and G")
