@@ -1,4 +1,4 @@
-"""python -m pytest --mine FILE: a student's own functions under the properties of the chapters.
+"""python -m pytest --mine=FILE: a student's own functions under the properties of the chapters.
 
 A function of FILE stands for the one of the same name in each chapter where the parameters are the
 same: their names, their order, and which have a default. The book's are those of the sections
