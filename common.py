@@ -1545,5 +1545,5 @@ def load_kept(path, needed, expected):
         fail(f"{relative(path)} does not hold {', '.join(needed)}: move it away")
     refuse_others(path, "trained", theirs, expected)
     print(f"using what {relative(path)} has kept"
-          + "".join(f", trained with {n} steps" for n in [theirs.get("steps")] if n))
+          + (f", trained with {theirs['steps']} steps" if "steps" in theirs else ""))
     return kept
