@@ -127,19 +127,13 @@ def iwae_bound(log_px_z, z, mu, logvar):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
-    halvings = max(1, int(math.log2(side / 4)))
-    return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
-
-
 class VAE(nn.Module):
     """encode: x [B, C, side, side] in [0, 1] -> mu, logvar [B, d_z]; decode: z -> logits
     like x, whose sigmoid is the mean of p(x|z)."""
 
     def __init__(self, c, side, d_z):
         super().__init__()
-        widths, small = channels(side)
+        widths, small = common.channels(side, 16)
         features = widths[-1] * small ** 2
         layers = []
         for i, o in pairwise([c, *widths]):

@@ -194,12 +194,6 @@ def began_convergence(real_error, fake_error, gamma):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side, width):
-    """Channels of the maps, at half the side first; side of the smallest, 4 to 7 if side >= 8."""
-    halvings = max(1, int(math.log2(side / 4)))
-    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
-
-
 def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     """[B, d_in] -> pictures [B, C, side, side] in (-1, 1); d_in: z_dim, and classes if it sees y.
 
@@ -207,7 +201,7 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     half the side, 2 width on that of a quarter, and so on; with width = 0 one more fully connected
     layer draws the picture. Weights start as draws of N(0, 0.02²), biases as 0.
     """
-    widths, small = channels(side, width)
+    widths, small = common.channels(side, width)
     layers = []
     for i, o in pairwise([d_in, *hidden] + ([widths[-1] * small ** 2] if width else [])):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
@@ -235,7 +229,7 @@ def trunk(c, side, hidden, width):
         for i, o in pairwise([c * side ** 2, *hidden]):
             layers += [nn.Linear(i, o), nn.SiLU()]
         return nn.Sequential(*layers), hidden[-1]
-    widths, small = channels(side, width)
+    widths, small = common.channels(side, width)
     layers = []
     for i, o in pairwise([c, *widths]):
         layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]

@@ -4,7 +4,7 @@ Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
 Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z))))       -> value()
          θ: weights; σ: the sigmoid; D returns logits and climbs f, G wants it
          low.
-Idea     θ_D^0 = θ_D,  θ_D^{j+1} = θ_D^j + η ∇_{θ_D} f(θ_G, θ_D^j) -> unroll()
+Idea     θ_D^k: θ_D after k steps θ <- θ + η ∇ f(θ_G, θ) in θ       -> unroll()
          G descends f(θ_G, θ_D^k(θ_G)); D climbs one step -> unrolled_loss_g()
          k = 0 is the plain GAN, whose G may draw a single mode (cluster): mode
          collapse. With k > 0 G's loss counts how D will answer that.

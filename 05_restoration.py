@@ -158,19 +158,13 @@ def neighbours(y, mask):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
-    halvings = max(1, int(math.log2(side / 4)))
-    return [32 * 2 ** i for i in range(halvings)], side // 2 ** halvings
-
-
 def generator(d_z, c, side):
     """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
 
     Convolutions, because the pictures of chapter 02's fully connected layers, though better drawn,
     change along few directions of z: many test digits are not among them.
     """
-    widths, small = channels(side)
+    widths, small = common.channels(side, 32)
     layers = [nn.Linear(d_z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
     for wide, narrow in pairwise([*widths[::-1], c]):
         layers += [nn.BatchNorm2d(wide), nn.ReLU(),
@@ -190,7 +184,7 @@ def discriminator(c, side):
         for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), nn.SiLU()]
     else:
-        widths, small = channels(side)
+        widths, small = common.channels(side, 32)
         layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]

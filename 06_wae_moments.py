@@ -109,18 +109,12 @@ PENALTIES = {"ae": moment_loss, "moments": moment_loss, "mmd": mmd_loss}  # of a
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side):
-    """Channels of the maps, largest map first; side of the smallest, 4 to 7 pixels if side >= 8."""
-    halvings = max(1, int(math.log2(side / 4)))
-    return [16 * 2 ** i for i in range(halvings)], side // 2 ** halvings
-
-
 class Autoencoder(nn.Module):
     """encode: x [B, C, side, side] in [-1, 1] -> z [B, d_z], no noise; decode: z -> x_rec."""
 
     def __init__(self, c, side, d_z):
         super().__init__()
-        widths, small = channels(side)
+        widths, small = common.channels(side, 16)
         features = widths[-1] * small ** 2
         layers = []
         for i, o in pairwise([c, *widths]):

@@ -6,7 +6,7 @@ Idea     D's slope is ‖∇D(x)‖, its gradient in the picture. W1, Wasserstei
          distance of p and q, is max E_p D - E_q D for slopes <= 1 -> wgan_d()
          To bound the slope, clip D's weights (wgan)               -> clip()
          or divide layers by their top singular value (sn) -> spectral_norm()
-         or add λ E (‖∇D(x̂)‖ - 1)² to the loss (wgan-gp) -> gradient_penalty()
+         or add λ E (‖∇D‖ - 1)² to the loss (wgan-gp)    -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)), classes y           -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½), means and covariances of a
          network's features of data and of samples        -> frechet_distance()
@@ -220,19 +220,13 @@ def truncated_normal(n, d, limit, generator=None):
 
 # --- model -------------------------------------------------------------------------------------
 
-def channels(side, width):
-    """Channels of the maps, at half the side first; side of the smallest, 4 to 7 if side >= 8."""
-    halvings = max(1, int(math.log2(side / 4)))
-    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
-
-
 def generator(d_z, c, side):
     """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
 
     Up to SMALL numbers in a picture: fully connected layers first, and narrow convolutions.
     """
     dense = c * side ** 2 <= SMALL
-    widths, small = channels(side, 8 if dense else 32)
+    widths, small = common.channels(side, 8 if dense else 32)
     layers = []
     for i, o in pairwise([d_z, *(HIDDEN_G if dense else []), widths[-1] * small ** 2]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
@@ -260,7 +254,7 @@ def discriminator(c, side, sn):
         for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), activation]
     else:
-        widths, small = channels(side, 32)
+        widths, small = common.channels(side, 32)
         layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), activation]

@@ -400,11 +400,21 @@ def pick_device(name):
     return device
 
 
-# --- rates, and an average of weights ----------------------------------------------------------
+# --- networks, rates, and an average of weights ------------------------------------------------
 
 def fading(opt, steps):
     """A schedule for a rate: constant for half of the steps, then in a straight line to 0."""
     return LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps))
+
+
+def channels(side, width):
+    """Channels of the maps of a convolutional network, and the side of the smallest map.
+
+    At half the side `width`, then twice as many at each halving; the smallest has 4 to 7 pixels a
+    side, if side >= 8.
+    """
+    halvings = max(1, int(math.log2(side / 4)))
+    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
 
 
 def normal_start(layers):

@@ -359,6 +359,17 @@ def test_an_epoch_shows_each_picture_at_most_once(n, size, seed):
     assert len(epoch.unique()) == len(epoch) > n - size
 
 
+# --- networks ----------------------------------------------------------------------------------
+
+@given(st.integers(8, 300), st.integers(1, 64))
+def test_maps_halve_down_to_four_to_seven_pixels(side, width):
+    widths, small = common.channels(side, width)
+    assert widths == [width * 2 ** i for i in range(len(widths))]
+    for _ in widths:
+        side //= 2
+    assert side == small and 4 <= small <= 7
+
+
 # --- mistakes of the user ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, word", [
