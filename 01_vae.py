@@ -43,9 +43,10 @@ SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png 
 # --- the idea ----------------------------------------------------------------------------------
 
 def reparameterise(mu, logvar, u):
-    """z = mu + σ u, σ = exp(logvar / 2): a sample of N(mu, σ²) through which gradients flow.
+    """z = mu + σ u, σ = exp(logvar / 2): a sample of N(mu, σ²), of the shape of u.
 
-    mu, logvar: [B, d]; u: standard normal, [B, d], or [k, B, d] for k samples of each.
+    mu, logvar: [B, d]; u: standard normal, [B, d], or [k, B, d] for k samples of each. Gradients
+    flow to mu and logvar.
     """
     return mu + torch.exp(logvar / 2) * u
 
@@ -61,9 +62,10 @@ def kl_standard_normal(mu, logvar):
 def negative_elbo(log_px_z, mu, logvar):
     """KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z) of each example, nats [B]; to be minimised.
 
-    log_px_z = log p(x|z): [k, B], for k draws z of q = N(mu, exp(logvar)); mu, logvar: [B, d]. On
-    average over z an upper bound on -log p(x), and equal to it where q(z|x) = p(z|x). More draws
-    make it less noisy, not tighter. Raises ValueError if the sizes do not fit.
+    log_px_z = log p(x|z): [k, B], for k samples z of q = N(mu, exp(logvar)); mu, logvar: [B, d].
+    E_q is the mean over the k samples, the KL has its closed form. On average over z it is an upper
+    bound on -log p(x), and equal to it where q(z|x) = p(z|x). More samples make it less noisy, not
+    tighter. Raises ValueError if log_px_z is not [k, B] with the B of mu.
     """
     if log_px_z.ndim != 2 or log_px_z.shape[1:] != mu.shape[:1]:
         raise ValueError(f"log_px_z must be [k, B] for mu [B, d], not {tuple(log_px_z.shape)} for "
@@ -75,10 +77,10 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
     """The loss of a course: (loss, data_term, kl_term), batch means; loss = data_term + kl_term.
 
     data_term = mean of (x - x_rec)² over the pixels / x_sigma2,  kl_term = 2 KL.
-    x, x_rec: [B, ...] of d_x numbers each; x_sigma2 > 0. To be minimised. It is -2 ELBO up to a
-    constant, for Gaussian pixels of variance s² = x_sigma2 d_x, not x_sigma2 (for MNIST 0.001 gives
-    0.784): -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if x_sigma2 is not
-    above 0, the shapes differ or the batch is empty.
+    x, x_rec: [B, ...] of d_x numbers each; mu, logvar: [B, d]; x_sigma2 > 0. To be minimised. It is
+    -2 ELBO up to a constant, for Gaussian pixels of variance s² = x_sigma2 d_x, not x_sigma2 (for
+    MNIST 0.001 gives 0.784): -ELBO = loss / 2 + d_x / 2 log(2 π s²), in nats. Raises ValueError if
+    x_sigma2 is not above 0 (nan is not), x and x_rec differ in shape or the batch is empty.
     """
     if not x_sigma2 > 0 or x.shape != x_rec.shape or len(x) == 0:
         raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal, with B of 1 "
@@ -91,8 +93,9 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
 def log_bernoulli(x, logits):
     """log p(x|z) = Σ x log σ(a) + (1 - x) log(1 - σ(a)), a: logits, over the last three dimensions.
 
-    In nats. x: pixels [..., C, H, W], 0 or 1; logits broadcastable with x. A grey x gives a number,
-    but no log-probability: only 0 and 1 are values of a Bernoulli variable.
+    In nats. x: pixels [..., C, H, W], 0 or 1; logits broadcastable with x. Returns [...], the other
+    dimensions after broadcasting. A grey x gives a number, but no log-probability: only 0 and 1 are
+    values of a Bernoulli variable.
     """
     # log σ(a) = a - softplus(a) and log(1 - σ(a)) = -softplus(a)
     return (x * logits - F.softplus(logits)).sum(dim=(-3, -2, -1))
@@ -101,8 +104,9 @@ def log_bernoulli(x, logits):
 def log_gaussian(x, mean, variance):
     """log p(x|z) of N(mean, variance I) over the last three dimensions, nats.
 
-    x, mean: [..., C, H, W]; variance > 0: a number, or a tensor that is learned, of any shape that
-    broadcasts with them: [], [1], [B, 1, 1, 1] and so on.
+    x, mean: [..., C, H, W], broadcastable; returns [...]. variance > 0: a number, or a tensor that
+    is learned, of any shape that broadcasts with them: [], [1], [B, 1, 1, 1] and so on. Gradients
+    flow to such a tensor, too.
     """
     area = 2 * math.pi * variance
     log_area = area.log() if torch.is_tensor(area) else math.log(area)
@@ -114,8 +118,9 @@ def iwae_bound(log_px_z, z, mu, logvar):
 
     log_px_z = log p(x|z_i): [k, B]; z: [k, B, d], drawn from q = N(mu, exp(logvar)); mu, logvar:
     [B, d]. The mean of p(x|z) p(z) / q(z|x) over q is p(x), so by Jensen the mean of the log is a
-    lower bound on log p(x): for k = 1 the ELBO. It never falls with k and tends to log p(x). Raises
-    ValueError if the sizes do not fit.
+    lower bound on log p(x): for k = 1 the ELBO. This mean never falls with k and tends to log p(x);
+    where q(z|x) = p(z|x), the bound itself is log p(x), for every z and k. Raises ValueError if
+    log_px_z is not [k, B], or z is not [k, B, d] with the same k and B.
     """
     if log_px_z.ndim != 2 or z.shape != (*log_px_z.shape, mu.shape[-1]):
         raise ValueError("log_px_z must be [k, B] for z [k, B, d], not "

@@ -33,7 +33,7 @@ from torch.optim import lr_scheduler
 
 import common
 
-ADAM_BETAS = (0.0, 0.9)
+BETA2 = 0.9                      # of Adam; its beta1 is a flag
 SMALL = 1024                     # numbers in a picture up to which layers are fully connected
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
 LAMBDA = 1.0                     # weight of wgan-gp's and dragan's penalty: in their papers 10
@@ -55,11 +55,14 @@ N_PATHS, N_SPECKS = 1000, 500    # z in paths_{loss}.pt; pictures whose specks a
 def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
     """-E[y log σ(real) + (1 - y) log(1 - σ(real))] - E[the same of fake], labels y and y'.
 
-    y = real_label; y' = 0, or 1 where real_label is 0 (flipped labels). A real_label between the
-    two is one-sided smoothing (Salimans et al. 2016). label_noise = w makes both uniform, of width
-    w around these values. The loss is linear in the labels, so this noise leaves the mean of the
-    gradient as it is. In nats; without noise at least the entropy of real_label, and 2 log 2 =
-    1.386 if D says 1/2 to all.
+    real, fake: logits [B]. E: the mean over the batch. Returns a tensor of one number, in nats,
+    which is exact for logits of 1000 and -1000, too. y = real_label; y' = 0, or 1 where real_label
+    is 0 (flipped labels). A real_label between the two is one-sided smoothing (Salimans et al.
+    2016). label_noise = w makes both uniform, of width w around these values: each score has a
+    label of its own, drawn with the torch.Generator `generator`. Where w is 0, no random number is
+    drawn. The loss is linear in the labels, so this noise leaves the mean of the gradient as it
+    is. Without noise the loss is at least the entropy of real_label, and 2 log 2 = 1.386 if D says
+    1/2 to all.
     """
     fake_label = 1.0 - real_label if real_label in (0, 1) else 0.0
     y, y_fake = torch.full_like(real, real_label), torch.full_like(fake, fake_label)
@@ -72,41 +75,55 @@ def bce_d(real, fake, real_label=1.0, label_noise=0.0, generator=None):
 
 
 def minimax_g(fake):
-    """E log(1 - σ(fake)): G descends what D climbs (Goodfellow et al. 2014, eq. 1). <= 0, nats."""
+    """E log(1 - σ(fake)): G descends what D climbs (Goodfellow et al. 2014, eq. 1). <= 0, nats.
+
+    fake: logits [B]. Returns their mean as a tensor, exact for logits of 1000 and -1000, too.
+    """
     return F.logsigmoid(-fake).mean()
 
 
 def nonsaturating_g(fake):
-    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats."""
+    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats.
+
+    fake: logits [B]. Returns their mean as a tensor, exact for logits of 1000 and -1000, too.
+    """
     return F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
 
 
 def lsgan_d(real, fake):
-    """E (real - 1)² + E fake² (Mao et al. 2017, without its 1/2). 0.5 if D cannot tell."""
+    """E (real - 1)² + E fake² (Mao et al. 2017, without its 1/2). 0.5 if D cannot tell.
+
+    real, fake: scores [B]. Returns a tensor of one number.
+    """
     return ((real - 1) ** 2).mean() + (fake ** 2).mean()
 
 
 def lsgan_g(fake):
-    """E (fake - 1)² (Mao et al. 2017, without its 1/2)."""
+    """E (fake - 1)² (Mao et al. 2017, without its 1/2). fake: scores [B]; a tensor of one number.
+    """
     return ((fake - 1) ** 2).mean()
 
 
 def wgan_d(real, fake):
     """E fake - E real (Arjovsky et al. 2017). Minus this is at most K W1(data, fakes).
 
-    K: D's Lipschitz constant, its largest slope; the best D of this slope reaches K W1. W1: the
-    least mean distance over which the fakes can be moved onto the data.
+    real, fake: scores [B]. Returns a tensor of one number. K: D's Lipschitz constant, its largest
+    slope; the best D of this slope reaches K W1. W1: the least mean distance over which the fakes
+    can be moved onto the data.
     """
     return fake.mean() - real.mean()
 
 
 def wgan_g(fake):
-    """-E fake (Arjovsky et al. 2017, alg. 1)."""
+    """-E fake (Arjovsky et al. 2017, alg. 1). fake: scores [B]; a tensor of one number."""
     return -fake.mean()
 
 
 def clip(net, limit):
-    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1)."""
+    """Every parameter into [-limit, limit], in place (Arjovsky et al. 2017, alg. 1).
+
+    A parameter inside stays as it is, one outside becomes -limit or limit. Returns nothing.
+    """
     with torch.no_grad():
         for p in net.parameters():
             p.clamp_(-limit, limit)
@@ -115,6 +132,7 @@ def clip(net, limit):
 def gradient_norms(critic, x):
     """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where the gradient is 0.
 
+    The norm is that of all numbers of an example. Its gradient reaches the critic's weights.
     critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm), so
     that the gradient of their sum holds one gradient for each example.
     """
@@ -126,8 +144,10 @@ def gradient_norms(critic, x):
 def gradient_penalty(critic, x_real, x_fake, generator=None):
     """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
-    One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
-    Raises ValueError if the shapes differ.
+    x_real, x_fake: [B, ...]; critic: as in gradient_norms. One α for each example, uniform between
+    0 and 1, drawn with the torch.Generator `generator`: x̂ lies on the line between a real and a
+    fake one. Returns the mean over the examples as a tensor; its gradient is finite where ∇ is 0,
+    too. Raises ValueError if the shapes differ.
     """
     if x_real.shape != x_fake.shape:
         raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
@@ -140,9 +160,12 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
 def dragan_penalty(critic, x_real, generator=None):
     """E (‖∇critic(x + δ)‖ - 1)² near the data alone (Kodali et al. 2017).
 
-    δ as in the authors' code, not the Gaussian of the paper: α s u / 2, u uniform in [0, 1) for
-    each pixel, α for each example. s is the standard deviation of the pixels of the example, where
-    theirs is that of the whole batch.
+    x_real: [B, ...]; critic: as in gradient_norms. δ as in the authors' code, not the Gaussian of
+    the paper: α s u / 2, u uniform in [0, 1) for each pixel, α for each example, both drawn with
+    the torch.Generator `generator`. s is the standard deviation of the pixels of the example, where
+    theirs is that of the whole batch: the root of their mean squared deviation from their mean, so
+    that it is 0 for one pixel. Returns the mean over the examples as a tensor; its gradient is
+    finite where ∇ is 0, too.
     """
     alpha = torch.rand(len(x_real), generator=generator).to(x_real)
     u = torch.rand(x_real.shape, generator=generator).to(x_real)
@@ -152,20 +175,26 @@ def dragan_penalty(critic, x_real, generator=None):
 
 
 def r1_penalty(critic, x_real):
-    """E ‖∇critic(x)‖² on data (Mescheder et al. 2018; there times γ/2)."""
+    """E ‖∇critic(x)‖² on data (Mescheder et al. 2018; there times γ/2).
+
+    x_real: [B, ...]; critic: as in gradient_norms. Returns the mean over the examples as a tensor.
+    """
     return (gradient_norms(critic, x_real) ** 2).mean()
 
 
 def ebgan_d(real_error, fake_error, margin):
-    """E L(x) + E max(0, margin - L(G(z))), L an autoencoder's error (Zhao et al. 2017)."""
+    """E L(x) + E max(0, margin - L(G(z))), L an autoencoder's error (Zhao et al. 2017).
+
+    real_error, fake_error: the errors of data and of G's pictures, [B]. A tensor of one number.
+    """
     return real_error.mean() + F.relu(margin - fake_error).mean()
 
 
 def pull_away(codes):
     """Mean cos² of the codes [B, d] of all pairs of different pictures (Zhao et al. 2017).
 
-    0 if all are orthogonal, 1 if all are parallel: it pushes G's pictures apart. Raises ValueError
-    for fewer than 2 codes.
+    0 if all are orthogonal, 1 if all are parallel: it pushes G's pictures apart. Returns a tensor
+    of one number. Raises ValueError for fewer than 2 codes.
     """
     if len(codes) < 2:
         raise ValueError(f"there are no pairs in codes {tuple(codes.shape)}: B must be 2 or more")
@@ -176,18 +205,27 @@ def pull_away(codes):
 
 
 def began_d(real_error, fake_error, k):
-    """E L(x) - k E L(G(z)) (Berthelot et al. 2017)."""
+    """E L(x) - k E L(G(z)) (Berthelot et al. 2017).
+
+    real_error, fake_error: the errors of data and of G's pictures, [B]. A tensor of one number.
+    """
     return real_error.mean() - k * fake_error.mean()
 
 
 def began_k(k, real_error, fake_error, lambda_k, gamma):
-    """k <- k + λ_k (γ E L(x) - E L(G(z))), clipped to [0, 1]: keeps E L(G(z)) near γ E L(x)."""
+    """k <- k + λ_k (γ E L(x) - E L(G(z))), clipped to [0, 1]: keeps E L(G(z)) near γ E L(x).
+
+    k: a number. real_error, fake_error: [B]. Returns the new k as a float.
+    """
     balance = gamma * real_error.mean() - fake_error.mean()
     return min(max(k + lambda_k * balance.item(), 0.0), 1.0)
 
 
 def began_convergence(real_error, fake_error, gamma):
-    """E L(x) + |γ E L(x) - E L(G(z))|: falls as a BEGAN learns (Berthelot et al. 2017)."""
+    """E L(x) + |γ E L(x) - E L(G(z))|: falls as a BEGAN learns (Berthelot et al. 2017).
+
+    real_error, fake_error: [B]. Returns a float.
+    """
     balance = gamma * real_error.mean() - fake_error.mean()
     return (real_error.mean() + balance.abs()).item()
 
@@ -576,8 +614,9 @@ def train(run, args, method, images):
     average = common.average_of(G, steps * args.g_steps)
     lr_d, lr_g = method.lr
     lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
-    opt_d = torch.optim.Adam(D.parameters(), args.lr_d or lr_d, ADAM_BETAS, fused=True)
-    opt_g = torch.optim.Adam(G.parameters(), args.lr_g or lr_g, ADAM_BETAS, method.eps, fused=True)
+    betas = (args.beta1, BETA2)
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_d or lr_d, betas, fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), args.lr_g or lr_g, betas, method.eps, fused=True)
     rate_d, rate_g = schedule(args.d_schedule, opt_d, steps), schedule("linear", opt_g, steps)
     batches = run.batches(images, args.batch)
 
@@ -815,6 +854,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("rates and steps of the two players")
     g.add_argument("--lr-d", type=common.number(float, above=0), help="D's rate; else the method's")
     g.add_argument("--lr-g", type=common.number(float, above=0), help="G's rate; else the method's")
+    g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0,
+                   help="momentum of Adam, for both players")
     g.add_argument("--d-steps", type=common.number(int, 1), help="D steps; else the method's")
     g.add_argument("--g-steps", type=common.number(int, 1), default=1, help="G steps after them")
     g.add_argument("--d-schedule", choices=["linear", "constant", "cosine", "restarts", "cyclic"],

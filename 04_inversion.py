@@ -47,7 +47,7 @@ CHUNK = 125                      # rows of z in one batch: 500 do not fit into a
 def squared_error(a, b):
     """Mean of (a - b)² over all but the first dimension, [B]: each picture has its own.
 
-    Raises ValueError if the shapes differ.
+    a, b: [B, C, H, W]. Raises ValueError if the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}")
@@ -57,11 +57,14 @@ def squared_error(a, b):
 def invert(G, x, z0, steps, lr):
     """z* = argmin_z ‖G(z) - x‖² by Adam, from R starts for each of N pictures, all in one batch.
 
-    x: [N, C, H, W]; z0: [N, R, d]. The rate falls from lr to 0 along a cosine. Returns the best end
-    point of each picture, z [N, d], and the mean squared error of every start before the first step
-    and after each, [N, R, steps + 1]. A start that ends at nan is never the best. G's weights are
-    left alone. Raises ValueError if G does not draw pictures of the shape of x, or is in
-    training mode, in which batch norm would let the pictures of a batch change each other.
+    x: [N, C, H, W]; z0: [N, R, d], in any memory layout. Each of the N R rows of z moves as if it
+    were alone. The learning rate falls from lr to 0 along a cosine. Returns the best end point of
+    each picture, z [N, d], and the mean squared error of every start before the first step and
+    after each, [N, R, steps + 1]; no gradient flows through either. With 0 steps the end point is
+    the start. A start that ends at nan is never the best: it loses even to an infinite error. G,
+    the .grad of its weights and z0 stay as they are. Raises ValueError if G does not generate
+    pictures of the shape of x, or is in training mode, in which batch norm would let the pictures
+    of a batch change each other.
     """
     if any(module.training for module in G.modules()):
         raise ValueError("G must be in evaluation mode: call G.eval()")
@@ -88,9 +91,11 @@ def invert(G, x, z0, steps, lr):
 def encoder_loss(E, G, x, z):
     """mean (E(G(z)) - z)² + mean (G(E(x)) - x)²: codes of G's pictures, and pixels of real ones.
 
-    x: [B, C, H, W] in [-1, 1]; z: [B, d] drawn from N(0, I). With the first term alone E never sees
-    a real picture; with the second alone its codes may leave the region where G draws well. The
-    gradient flows through G into E; G itself is not to be trained with it.
+    x: [B, C, H, W] in [-1, 1]; z: [B, d] sampled from N(0, I); E maps pictures to z, G maps z to
+    pictures. Each mean is over the batch and over all numbers of one z or picture; the result is a
+    scalar. With the first term alone E never sees a real picture; with the second alone its codes
+    may leave the region where G generates good pictures. The gradient flows into both calls of E,
+    into the second through G; G itself is not to be trained with it.
     """
     return F.mse_loss(E(G(z)), z) + F.mse_loss(G(E(x)), x)
 

@@ -46,10 +46,10 @@ CHUNK = 125                      # rows of z in one batch: 500 do not fit into a
 # --- the idea ----------------------------------------------------------------------------------
 
 def seen(mask, *pictures):
-    """Where the mask is 1, as booleans that broadcast with the pictures [N, C, H, W].
+    """Where the mask is 1, as booleans of its shape that broadcast with the pictures [N, C, H, W].
 
-    mask: [N, 1, H, W] of any type. Raises ValueError if the pictures differ in shape, or the mask
-    does not fit them.
+    mask: [N, 1, H, W] or [N, C, H, W], of any type, bool too. Raises ValueError if the pictures
+    differ in shape, or if the mask has not their four dimensions, each of the same size or 1.
     """
     shape = pictures[0].shape
     if (any(x.shape != shape for x in pictures) or mask.ndim != len(shape)
@@ -60,7 +60,11 @@ def seen(mask, *pictures):
 
 
 def misfit(G, z, y, mask):
-    """‖m (G(z) - y)‖² of each picture, [B]: the sum over channels and pixels that were seen."""
+    """‖m (G(z) - y)‖² of each picture, [B]: the sum over channels and pixels that were seen.
+
+    z: [B, d]; y: [B, C, H, W]; mask: as in seen(). What y holds where the mask is not 1, even nan,
+    changes neither the value nor its gradient in z. Raises ValueError if the sizes do not fit.
+    """
     x = G(z)
     error = torch.where(seen(mask, x, y), x - y, 0.0)  # 0 times nan would be nan
     return (error ** 2).flatten(1).sum(dim=1)
@@ -69,12 +73,15 @@ def misfit(G, z, y, mask):
 def restore(G, y, mask, z0, steps, lr, lam):
     """z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖² by Adam, from R starts for each of N pictures.
 
-    y: [N, C, H, W] in [-1, 1]; mask: [N, 1, H, W], 1 = seen, 0 = hidden: what y holds there does
-    not matter; z0: [N, R, d]; lam: λ, the variance of one pixel's error, G's and that of noise. The
-    rate falls from lr to 0 along a cosine. Returns z [N, d] of the start that ends lowest for each
-    picture, and the objective [N, R] of all; a start that ends at nan loses to all others. Raises
-    ValueError if the sizes do not fit, or if G is in training mode, in which batch norm would let
-    the pictures of a batch change each other.
+    y: [N, C, H, W] in [-1, 1]; mask: [N, 1, H, W] or [N, C, H, W] of any type, 1 = seen, 0 =
+    hidden: what y holds there, even nan, does not matter; z0: [N, R, d]; lam: λ, the variance of
+    one pixel's error, G's and that of noise. They may have any memory layout. The squares are
+    summed, over the seen pixels of all channels and over the numbers of z. Each of the N R rows of
+    z moves as if it were alone. The learning rate falls from lr to 0 along a cosine. Returns z
+    [N, d] of the start that ends lowest for each picture, and the objective [N, R] at the end of
+    all. With 0 steps the end is the start. A start that ends at nan loses to all others, even to an
+    infinite objective. Raises ValueError if the sizes do not fit, or if G is in training mode, in
+    which batch norm would let the pictures of a batch change each other.
     """
     if any(module.training for module in G.modules()):
         raise ValueError("G must be in evaluation mode: call G.eval()")
@@ -99,22 +106,28 @@ def restore(G, y, mask, z0, steps, lr, lam):
 
 
 # --- the damage --------------------------------------------------------------------------------
-# Masks [n, 1, side, side] for pictures of `side` pixels: 1 = seen, 0 = hidden.
+# Masks for pictures of side x side pixels; rng: a torch.Generator.
 
 def pepper(n, side, rng):
-    """30 % of the pixels hidden, other ones in each picture: exactly round(0.3 side²) of them."""
+    """A mask [n, 1, side, side] of floats, 1 = seen, 0 = hidden: it hides 30 % of the pixels.
+
+    These are exactly round(0.3 side²), at random places, other ones in each picture.
+    """
     order = torch.rand(n, side * side, generator=rng).argsort(dim=1)
     return (order >= round(0.3 * side * side)).float().view(n, 1, side, side)
 
 
 def crosswalk(n, side, rng):
-    """Every second row hidden, from the second on."""
+    """A mask [n, 1, side, side], 1 = seen, 0 = hidden: it hides the second, fourth, ... row."""
     rows = (torch.arange(side) % 2 == 0).float()
     return rows.view(1, 1, side, 1).expand(n, 1, side, side).clone()
 
 
 def square(n, side, rng):
-    """A square of 2/7 of the side (8 pixels of 28) hidden, anywhere inside the picture."""
+    """A mask [n, 1, side, side], 1 = seen, 0 = hidden: it hides a square inside each picture.
+
+    Its width is round(2/7 side), 8 pixels of 28. All places are equally likely, up to the corners.
+    """
     width = round(side * 2 / 7)
     corner = torch.randint(side - width + 1, (n, 2, 1), generator=rng)
     line = torch.arange(side)
@@ -123,7 +136,11 @@ def square(n, side, rng):
 
 
 def holes(n, side, rng, count):
-    """`count` discs of 1/4 of the side across (7 pixels of 28) hidden; they may overlap."""
+    """A mask [n, 1, side, side], 1 = seen, 0 = hidden: it hides `count` discs in each picture.
+
+    Their diameter is a quarter of the side, 7 pixels of 28. They lie inside the picture, at random
+    and independent places, so they may overlap.
+    """
     radius = side / 8
     centre = radius + (side - 2 * radius) * torch.rand(n, count, 2, 1, 1, generator=rng)
     line = torch.arange(side) + 0.5
@@ -139,10 +156,13 @@ MASKS = {"pepper": pepper, "square": square, "crosswalk": crosswalk,
 # --- the baseline ------------------------------------------------------------------------------
 
 def neighbours(y, mask):
-    """Hidden pixels filled from the rim inwards with the mean of their seen or filled neighbours.
+    """y [N, C, H, W] whose hidden pixels are filled with means of their neighbours, from the rim
+    of the hole inwards.
 
-    Neighbours are the eight pixels around one. What was seen stays as it is. Raises ValueError if
-    nothing was seen of a picture, or the sizes do not fit.
+    mask: as in seen(). In each round every hidden pixel that has neighbours with a value, among the
+    eight around it, gets the mean of these; the values of a round count from the next round on.
+    What was seen stays as it is, and what y holds where it is hidden, even nan, does not matter.
+    Raises ValueError if nothing was seen of a picture, or the sizes do not fit.
     """
     known = seen(mask, y)
     if not known.flatten(1).any(dim=1).all():

@@ -50,8 +50,9 @@ def moments(z):
 
     Averages over B, not B - 1: variance = mean (z - mean)², kurtosis = mean (z - mean)⁴ /
     variance², which is 3 for a normal law (not the excess over it), and nan for a coordinate that
-    is constant, or whose deviations are below about 1e-11 in float32. Raises ValueError for fewer
-    than 2 codes.
+    is constant, or whose deviations are below about 1e-11 in float32. A constant coordinate has the
+    variance 0, exactly, even if its mean is rounded. Raises ValueError if z does not have two
+    dimensions, or has fewer than 2 codes.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"moments need codes [B, d] with B of 2 or more, not {tuple(z.shape)}")
@@ -64,8 +65,8 @@ def moments(z):
 def moment_loss(z):
     """Mean over coordinates and moments of (mean - 0)², (variance - 1)², (kurtosis - 3)².
 
-    Not 0 for a batch of N(0, I): about (1 + 2 + 24) / (3 B), because the moments of a batch differ
-    from those of its law by chance.
+    z: [B, d]; returns one number, as a tensor []. Not 0 for a batch of N(0, I): about
+    (1 + 2 + 24) / (3 B), because the moments of a batch differ from those of its law by chance.
     """
     found = torch.stack(moments(z))
     return F.mse_loss(found, NORMAL.to(found).expand_as(found))
@@ -74,9 +75,11 @@ def moment_loss(z):
 def mmd_imq(z, z_prior):
     """MMD²(z, z_prior), unbiased, for k(a, b) = Σ_s C_s / (C_s + ‖a - b‖²), C_s = 2 d s.
 
-    z, z_prior: [n, d], [m, d], n, m >= 2. Pairs of a point with itself are left out, so its mean is
-    0 where both laws agree, and single values may be negative (Gretton et al. 2012, eq. 3). Raises
-    ValueError for fewer than 2 points or codes of unequal length.
+    z, z_prior: [n, d], [m, d], n, m >= 2; s: each of SCALES. E k(z, z') + E k(u, u') - 2 E k(z, u)
+    with means over the pairs. Pairs of a point with itself are left out, so its mean is 0 where
+    both laws agree, and single values may be negative (Gretton et al. 2012, eq. 3). Float32 is
+    enough for codes far from 0: small distances among them are not lost in rounding. Returns one
+    number, as a tensor []. Raises ValueError for fewer than 2 points or codes of unequal length.
     """
     if min(len(z), len(z_prior)) < 2 or z.shape[1:] != z_prior.shape[1:]:
         raise ValueError(f"MMD needs two sets of 2 or more codes of equal length, not "
@@ -94,12 +97,16 @@ def mmd_imq(z, z_prior):
 
 
 def mmd_loss(z):
-    """MMD² of the codes z [B, d] to as many draws of N(0, I), new ones at each call."""
+    """MMD² of the codes z [B, d] to as many samples of N(0, I), new ones at each call."""
     return mmd_imq(z, torch.randn_like(z))
 
 
 def weight(step, steps):
-    """λ at a step of 1 ... steps: 0.001, doubled after each of PARTS equal parts up to 2.048."""
+    """λ at a step of 1 ... steps: 0.001, doubled after each of PARTS equal parts up to 2.048.
+
+    If PARTS does not divide steps, the parts are equal up to rounding. λ never falls. If steps is
+    PARTS or more, λ takes all its 12 values and ends at 2.048; in fewer steps it leaves some out.
+    """
     part = PARTS * (step - 1) // steps
     return 0.001 * 2 ** min(part, 11)
 

@@ -54,34 +54,43 @@ LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of |z|, for truncation.png
 # data and to G's pictures: logits for bce_d and nonsaturating_g, any numbers for wgan_d and wgan_g.
 
 def bce_d(real, fake):
-    """-E log σ(real) - E log(1 - σ(fake)), nats (Goodfellow et al. 2014, eq. 1)."""
+    """-E log σ(real) - E log(1 - σ(fake)) of logits [B], nats (Goodfellow et al. 2014, eq. 1).
+
+    E is the mean over the batch. Exact also where σ is rounded to 0 or 1.
+    """
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def nonsaturating_g(fake):
-    """-E log σ(fake): G wants its pictures called real (Goodfellow et al. 2014, sec. 3). nats."""
+    """-E log σ(fake) of logits [B], nats: G wants its pictures called real.
+
+    Goodfellow et al. 2014, sec. 3. E is the mean over the batch. Exact also where σ is rounded to
+    0 or 1.
+    """
     return F.softplus(-fake).mean()
 
 
 def wgan_d(real, fake):
     """E fake - E real (Arjovsky et al. 2017). Minus this is at most K W1(data, fakes).
 
-    K: D's Lipschitz constant, its largest slope; the best D of this slope reaches K W1. W1: the
-    least mean distance over which the fakes can be moved onto the data.
+    real, fake [B]: what D says, any numbers; E is the mean over the batch. K: D's Lipschitz
+    constant, its largest slope; the best D of this slope reaches K W1. W1: the least mean distance
+    over which the fakes can be moved onto the data.
     """
     return fake.mean() - real.mean()
 
 
 def wgan_g(fake):
-    """-E fake (Arjovsky et al. 2017, alg. 1)."""
+    """-E fake, the mean over the batch of any numbers [B] (Arjovsky et al. 2017, alg. 1)."""
     return -fake.mean()
 
 
 def clip(net, limit):
-    """Every parameter into [-limit, limit] (Arjovsky et al. 2017, alg. 1).
+    """Every parameter of the module net into [-limit, limit], in place (Arjovsky 2017, alg. 1).
 
-    Holds the slope below Π limit √(weights of a layer), times SiLU's largest slope 1.1 for each
-    hidden layer: 240 for 28x28 grey pixels and 0.03. What training reaches is a small part of it.
+    A number outside moves to the nearer end, and one inside stays as it is. This holds D's slope
+    below Π limit √(weights of a layer), times SiLU's largest slope 1.1 for each hidden layer: 240
+    for 28x28 grey pixels and 0.03. What training reaches is a small part of it.
     """
     with torch.no_grad():
         for p in net.parameters():
@@ -94,7 +103,8 @@ def spectral_norm(weight, u, n_iter=1):
     After n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖ and u = W v / ‖W v‖, v is computed once
     more, and σ = uᵀ W v. (Miyato et al. 2018, alg. 1, stop half a round earlier.) u [out]: of
     length 1, from the call before: weights move little in a step, so one round a call follows
-    them. σ is never above the true value; its gradient in the weight treats u and v as constants.
+    them; n_iter = 0 leaves u as it is. σ is a tensor without dimensions, and never above the true
+    value; its gradient in the weight treats u and v as constants, and the new u has no gradient.
     Of a convolution it is the matrix that is normalised, as in the paper; the convolution's slope
     may be larger, by at most √n if each pixel lies in n patches: 2 for 4x4 with stride 2.
     """
@@ -128,10 +138,11 @@ class SpectralNorm(nn.Module):
 
 
 def gradient_norms(critic, x):
-    """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where the gradient is 0.
+    """‖∇_x critic(x)‖ of each example of x [B, ...], [B].
 
-    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm), so
-    that the gradient of their sum holds one gradient for each example.
+    Differentiable in the critic's parameters, with finite derivatives also where the gradient is 0;
+    x counts as a constant. critic: [B, ...] -> [B], each score a function of its own example alone
+    (so no batch norm), so that the gradient of their sum holds one gradient for each example.
     """
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -141,8 +152,10 @@ def gradient_norms(critic, x):
 def gradient_penalty(critic, x_real, x_fake, generator=None):
     """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
-    One α, uniform in [0, 1), for each example: x̂ lies on the line between a real and a fake one.
-    Raises ValueError if the shapes differ.
+    x_real and x_fake [B, ...] -> a mean over the batch, differentiable in the critic's parameters
+    as gradient_norms is. One α, uniform in [0, 1) and drawn with generator if there is one, for
+    each example: x̂ lies on the line between a real and a fake one, and is all that the critic
+    sees. Raises ValueError if the shapes differ.
     """
     if x_real.shape != x_fake.shape:
         raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
@@ -153,12 +166,14 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
 
 
 def inception_score(probs, splits=1):
-    """exp E_x KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts.
+    """exp E_x KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts, two floats.
 
-    probs [N, K]: rows of probabilities, in an order of no meaning (shuffle first). From 1 (all rows
-    equal) to K (each row sure of one class, all classes equally often). A softmax taken twice still
-    gives rows of probabilities, and a score near 1. Raises ValueError if a row is not a
-    probability distribution (logits, say), and for fewer rows than splits.
+    probs [N, K]: rows of probabilities, in an order of no meaning (shuffle first), of any dtype,
+    also of integers; computed in float64. The parts are cut in this order, and the deviation is
+    that of the parts (divided by their number). From 1 (all rows equal) to K (each row sure of one
+    class, all classes equally often). A softmax taken twice still gives rows of probabilities, and
+    a score near 1. Raises ValueError if a row is no probability distribution up to the rounding
+    of its dtype (logits, say, or not a number), for fewer rows than splits, and for no splits.
     """
     if not 1 <= splits <= len(probs):
         raise ValueError(f"{len(probs)} rows do not make {splits} splits")
@@ -179,11 +194,12 @@ def inception_score(probs, splits=1):
 def frechet_distance(features_a, features_b):
     """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), features [N, d] (Heusel et al. 2017).
 
-    The squared W2 distance of two Gaussians with these means and covariances (unbiased, float64).
+    A float: the squared W2 distance of two Gaussians with these means and covariances (unbiased,
+    float64 for features of every dtype). The numbers of rows may differ, d may not.
     C_a^½ C_b C_a^½ has the eigenvalues of C_a C_b, and is symmetric. >= 0, and 0 for equal sets, up
     to rounding: where the covariances are singular, the result may be as low as -1e-8 d (tr C_a +
-    tr C_b). Raises ValueError for features that are not finite, and for d rows or fewer: the result
-    would say more of N than of the features.
+    tr C_b). Raises ValueError for features that are not finite, for different d, and for d rows or
+    fewer: the result would say more of N than of the features.
     """
     d = features_a.shape[1]
     for features in (features_a, features_b):
@@ -202,12 +218,13 @@ def frechet_distance(features_a, features_b):
 
 
 def truncated_normal(n, d, limit, generator=None):
-    """[n, d] draws of N(0, 1), given that each of them lies within ±limit.
+    """[n, d] draws of N(0, 1), given that each of them lies within ±limit, in the default dtype.
 
     √2 erfinv(u erf(limit / √2)) for uniform u in [-1, 1): the inverse of the distribution function.
-    The truncation trick (Brock et al. 2019, arXiv:1809.11096): a G that is fed with such z draws
-    fewer kinds of pictures, and more typical ones. limit = inf: the numbers of torch.randn.
-    Raises ValueError for a limit that is not above 0.
+    Computed in float64: a limit may be as small as 1e-30 or as large as 1e300. No rounding carries
+    a draw over the limit. The truncation trick (Brock et al. 2019, arXiv:1809.11096): a G that is
+    fed with such z draws fewer kinds of pictures, and more typical ones. limit = inf: the numbers
+    of torch.randn. Raises ValueError for a limit that is not above 0.
     """
     if not limit > 0:
         raise ValueError(f"no draw lies within ±{limit}")
@@ -276,7 +293,7 @@ class Model(NamedTuple):
     scale: float = 1.0           # the losses see so many times what D says
     penalty: float = 0.0         # weight of the gradient penalty in D's loss
     lr: tuple = (5e-4, 2e-3)     # Adam's rates at the start, of D and of G
-    beta2: float = 0.9           # of Adam; beta1 is 0
+    beta2: float = 0.9           # of Adam; beta1 is a flag
 
     def loss_d(self, D, x, x_fake):
         """What D descends. Data and fakes go through D in one pass."""
@@ -347,8 +364,8 @@ def train(run, args, model, n_critic, images, ruler):
     D = discriminator(c, side, model.sn).to(run.device)
     lr_d, lr_g = model.lr
     lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
-    opt_d = torch.optim.Adam(D.parameters(), lr_d, (0.0, model.beta2), fused=True)
-    opt_g = torch.optim.Adam(G.parameters(), lr_g, (0.0, model.beta2), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), lr_d, (args.beta1, model.beta2), fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), lr_g, (args.beta1, model.beta2), fused=True)
     rate_d, rate_g = common.fading(opt_d, steps), common.fading(opt_g, steps)
     average = common.average_of(G, steps)
     batches = run.batches(images, args.batch)
@@ -675,6 +692,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=common.number(int, 1), default=2200,
                    help="of G, and as many of D (with --n-critic 1)")
     g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
+    g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0,
+                   help="momentum of Adam, for both players")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
                    help="trains no GAN: scores samples*.pt and paths*.pt of any chapter, or "

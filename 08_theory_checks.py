@@ -8,7 +8,7 @@ Idea     a claim predicts a number: compute it another way          -> agree()
          a wrong claim: compute a counterexample                    -> @refuted
          Functions to paste stand above the claims that use them.
 See      a table for each topic: claim, what it expects, what was measured,
-         verdict. 76 claims: 51 hold, 25 are refuted. Exit status 1 if the
+         verdict. 78 claims: 53 hold, 25 are refuted. Exit status 1 if the
          evidence for a verdict fails for one of 5 seeds. Eight figures in
          out/08_theory_checks, among them receptive fields and games of GANs.
 Read     "The course says yes": it states the claim; others it calls false, or
@@ -168,8 +168,9 @@ DCGAN_D = 4 * [(4, 2, 1, 1)] + [(4, 1, 0, 1)]  # DCGAN's discriminator D
 
 
 def resnet_50(stride_in):
-    """The path through the 3x3 convolutions (the shortcuts see less); stride_in: which convolution
-    of a stage's first block has the stride, "1x1" or "3x3"."""
+    """The list of layers on the path through the 3x3 convolutions (the shortcuts see less).
+
+    stride_in: which convolution of a stage's first block has the stride, "1x1" or "3x3"."""
     layers = [(7, 2, 3, 1), (3, 2, 1, 1)]
     for blocks, stride in ((3, 1), (4, 2), (6, 2), (3, 2)):
         for s in [stride] + [1] * (blocks - 1):
@@ -353,7 +354,8 @@ def dropout_place():
 
 
 def check_conv(x_size, w_size, y_size, **how):
-    """Raises ValueError unless the convolution of x with w gives y."""
+    """Raises ValueError unless the convolution of x with w gives y, from the three shapes, of four
+    numbers each. how: stride, padding, dilation and groups, as of F.conv2d, all four."""
     x, w = (torch.empty(*size, device="meta") for size in (x_size, w_size))  # sizes, no numbers
     with contextlib.suppress(RuntimeError):  # torch's, if they do not fit at all
         fits = F.conv2d(x, w, **how).shape == tuple(y_size) and w_size[0] % how["groups"] == 0
@@ -368,8 +370,8 @@ def conv2d_grad_input(input_size, weight, grad_output, stride=1, padding=0, dila
 
     On one axis ∂L/∂x[i s + u d - p] += w[u] ∂L/∂y[i], for output i, kernel entry u, stride s,
     dilation d and padding p. Arguments and result as in torch.nn.grad.conv2d_input: input_size
-    [B, C, H, W], weight [O, C / groups, h, w], grad_output [B, O, H', W']. Raises ValueError if the
-    sizes do not fit."""
+    [B, C, H, W], weight [O, C / groups, h, w], grad_output [B, O, H', W'], in any memory layout.
+    Raises ValueError if the sizes do not fit."""
     check_conv(input_size, weight.shape, grad_output.shape, stride=stride, padding=padding,
                dilation=dilation, groups=groups)
     grad = grad_output.flatten(2).unflatten(1, (groups, -1))         # [B, g, O/g, H' W']
@@ -383,7 +385,8 @@ def conv2d_grad_weight(input, weight_size, grad_output, stride=1, padding=0, dil
 
     On one axis ∂L/∂w[u] = Σ_i input[i s + u d - p] ∂L/∂y[i], as above, summed over the batch.
     Arguments and result as in torch.nn.grad.conv2d_weight: input [B, C, H, W], weight_size
-    [O, C / groups, h, w]. Raises ValueError if the sizes do not fit."""
+    [O, C / groups, h, w], tensors in any memory layout. Raises ValueError if the sizes do not
+    fit."""
     check_conv(input.shape, weight_size, grad_output.shape, stride=stride, padding=padding,
                dilation=dilation, groups=groups)
     patches = F.unfold(input, weight_size[2:], dilation, padding, stride)
@@ -558,7 +561,7 @@ def embedding_needed():
 def self_attention(x, w_q, w_k, w_v):
     """softmax(Q Kᵀ / √d) V with Q = x w_q, K = x w_k, V = x w_v, x [n, d] (Vaswani 2017, eq. 1).
 
-    Returns the outputs [n, d] and the weights [n, n], whose rows sum to 1."""
+    w_q, w_k, w_v [d, d]. Returns the outputs [n, d] and the weights [n, n], whose rows sum to 1."""
     q, k, v = x @ w_q, x @ w_k, x @ w_v
     weights = (q @ k.T / k.shape[1] ** 0.5).softmax(dim=1)
     return weights @ v, weights
@@ -623,9 +626,10 @@ def average_precision(hits, objects):
     """AP of one class: Σ over the hits of the precision there, over the number of objects.
 
     hits: for each detection, the most confident first, whether it finds an object that none before
-    it has found; bool [n]. Precision: the share of hits so far. mAP is the mean over the classes.
-    Without the interpolation of VOC and COCO: each precision is taken as it is. Raises ValueError
-    if there are fewer objects than hits, or none."""
+    it has found; a list or a tensor of n booleans. Precision: the share of hits so far. mAP is the
+    mean over the classes. Without the interpolation of VOC and COCO: each precision is taken as it
+    is. Returns a number, which is 0 without any hit. Raises ValueError if there are fewer objects
+    than hits, or none."""
     hits = torch.as_tensor(hits, dtype=torch.bool)
     if not 0 < objects >= hits.sum():
         raise ValueError(f"{int(hits.sum())} hits on {objects} objects")
@@ -815,7 +819,9 @@ row("depth-numbers",
 
 
 def dice_from_iou(iou):
-    """Dice = 2 IoU / (1 + IoU), because |A| + |B| = |A ∩ B| + |A ∪ B|; iou in [0, 1]."""
+    """Dice = 2 IoU / (1 + IoU), because |A| + |B| = |A ∩ B| + |A ∪ B|.
+
+    iou: a number or a tensor, in [0, 1]; the result is of the same kind."""
     return 2 * iou / (1 + iou)
 
 
@@ -856,7 +862,8 @@ topic("optimisation", """
 
 def mlp_loss(x, y, w1, b1, w2, b2, lam):
     """Mean binary cross-entropy (nats) of σ(relu(x W1ᵀ + b1) W2ᵀ + b2) with targets y, plus λ/2
-    (‖W1‖² + ‖W2‖²), where ‖W‖² is the sum of all squared entries."""
+    (‖W1‖² + ‖W2‖²), where ‖W‖² is the sum of all squared entries. The mean is over all entries of
+    y; the shapes are those of mlp_grads. Returns a scalar tensor."""
     a2 = torch.relu(x @ w1.T + b1) @ w2.T + b2
     return (F.binary_cross_entropy_with_logits(a2, y)
             + lam / 2 * (w1.pow(2).sum() + w2.pow(2).sum()))
@@ -914,7 +921,8 @@ def mlp_backprop():
 def numeric_grad(f, x, eps=6e-6):
     """Central differences: ∂f/∂x_i ≈ (f(x + eps e_i) - f(x - eps e_i)) / (2 eps), for all i.
 
-    f: tensor like x -> scalar; x: float64, any shape. Two calls of f for each entry. The error is
+    f: tensor like x -> scalar; x: float64, any shape and memory layout; it is not changed. Returns
+    a tensor of x's shape, without a graph. Two calls of f for each entry. The error is
     about eps² |f'''| / 6 + 2e-16 |f| / eps: smallest near eps = (2e-16)^(1/3) = 6e-6. Raises
     ValueError for an x of another type: in float32 the difference is lost in rounding."""
     if x.dtype != torch.float64:
@@ -1144,7 +1152,7 @@ def newton_ravine():
 
 
 def ridge(x, y, lam):
-    """argmin_w ‖x w - y‖² + λ ‖w‖² = (xᵀx + λI)⁻¹ xᵀy."""
+    """argmin_w ‖x w - y‖² + λ ‖w‖² = (xᵀx + λI)⁻¹ xᵀy, [d], for x [n, d], y [n] and λ > 0."""
     return torch.linalg.solve(x.T @ x + lam * torch.eye(x.shape[1]).to(x), x.T @ y)
 
 
@@ -1171,8 +1179,8 @@ def bilevel():
 def rnn(inputs, w_x, w_h, truncate=None):
     """States h_t = tanh(W_x x_t + W_h h_{t-1}), h_{-1} = 0, t = 0..T-1; returns the last one, [H].
 
-    inputs [T, d]. truncate = S >= 1: the last state's gradient flows through the last S steps
-    only."""
+    inputs [T, d], w_x [H, d], w_h [H, H]. truncate = S, 1 to T: the last state's gradient flows
+    through the last S steps only, and is 0 for all inputs before them. The state stays the same."""
     h = torch.zeros(len(w_h)).to(inputs)
     for t, x in enumerate(inputs):
         if truncate is not None and t == len(inputs) - truncate:
@@ -1213,7 +1221,9 @@ def tbptt_reach():
 def moments(z):
     """Mean, variance and kurtosis (3 for a normal) of each column of z [B, d]: three [d].
 
-    The kurtosis of a constant column is nan, also where its mean is rounded and z - mean not 0."""
+    The variance is the mean of (z - mean)², the kurtosis that of (z - mean)⁴ over variance². A
+    constant column has the variance 0 and the kurtosis nan, also where its mean is rounded and
+    z - mean not 0."""
     centred = torch.where((z == z[0]).all(dim=0), 0.0, z - z.mean(dim=0))
     variance = centred.pow(2).mean(dim=0)
     return z.mean(dim=0), variance, centred.pow(4).mean(dim=0) / variance ** 2
@@ -1342,7 +1352,7 @@ def coupling_log_prob(x, layers):
     layers of M from z to x: (mask, scale, shift), mask a 0/1 tensor [d], scale and shift functions
     [B, d] -> [B, d] of the coordinates that the mask keeps (Dinh et al. 2017, section 3):
     x = mask z + (1 - mask)(z exp(scale(mask z)) + shift(mask z)),
-    log |det ∂z/∂x| = -Σ (1 - mask) scale(mask x)."""
+    log |det ∂z/∂x| = -Σ (1 - mask) scale(mask x), summed over the layers. There may be none."""
     log_det = 0
     for mask, scale, shift in reversed(layers):  # one layer back: from x towards z
         kept = mask * x
@@ -1553,7 +1563,7 @@ topic("GANs", """
 def jensen_shannon(p, q):
     """JSD = KL(p ‖ m)/2 + KL(q ‖ m)/2, m = (p + q)/2; nats, 0 to log 2; p, q [n] sum to 1.
 
-    Raises ValueError if the shapes differ."""
+    Where p or q is 0, its term is 0. Raises ValueError if the shapes differ."""
     if p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} differ")
     m = (p + q) / 2  # xlogy(a, b) is a log b, and 0 where a is 0
@@ -1666,7 +1676,9 @@ def draw_saturation(in_logit, in_output):
 
 
 def binary_entropy(p):
-    """H(p) = -p log p - (1 - p) log(1 - p), nats; p in [0, 1], and H is 0 at both ends."""
+    """H(p) = -p log p - (1 - p) log(1 - p), nats; p in [0, 1], and H is 0 at both ends.
+
+    p and H are numbers. Raises ValueError for a p outside."""
     return sum(-share * math.log(share) for share in (p, 1 - p) if share)
 
 
@@ -1767,7 +1779,7 @@ def draw_fingerprints(smoothing, twice):
 
 
 def both_orders(games):
-    """max_D min_G V and min_G max_D V of games [n, moves of G, moves of D]: two [n]."""
+    """max_D min_G V and min_G max_D V, a pair of [n], of games V [n, moves of G, moves of D]."""
     return games.amin(1).amax(1), games.amax(2).amin(1)
 
 
@@ -1821,27 +1833,51 @@ def maximin_collapse():
             and min_max > -math.log(4) + 0.1)
 
 
-def bilinear_step(x, y, eta, k=0, exact=True, alternating=False):
-    """One step of the game V = x y with rate eta, by autograd: x descends and y ascends.
+def bilinear_step(x, y, eta, k=0, exact=True, alternating=False, r1=0.0):
+    """One step of the game V = x y - r1 y²/2 with rate eta, by autograd: x descends, y ascends.
 
     y looks k steps ahead, to y_k, and x descends on x y_k. exact: the gradient also goes back
     through those steps; otherwise y_k is a constant ("rollback": y is moved, then put back). y's
-    own step starts from y and uses the old x, or, if alternating, the new one."""
+    own step starts from y and uses the old x, or, if alternating, the new one. r1: weight of the
+    R1 penalty, in y's own step and in those that it looks ahead. Here D's score is linear with
+    slope y, so the penalty is the square of y. x and y are float64 scalar tensors, and so is the
+    pair that is returned, the new x and y, without a graph."""
     x = x.detach().requires_grad_()
     y_k = y
     for _ in range(k):
-        y_k = y_k + eta * (x if exact else x.detach())  # ∂V/∂y = x
+        y_k = y_k + eta * ((x if exact else x.detach()) - r1 * y_k)  # ∂V/∂y = x - r1 y
     x_new = x - eta * torch.autograd.grad(x * y_k, x)[0]
-    return x_new.detach(), y + eta * (x_new if alternating else x).detach()
+    return x_new.detach(), y + eta * ((x_new if alternating else x).detach() - r1 * y)
 
 
-def bilinear_growth(eta, k=0, exact=True, alternating=False):
-    """The largest modulus of the eigenvalues of that step, which is a linear map of (x, y).
+def momentum_step(x, y, x_before, y_before, eta, momentum, alternating=True):
+    """One step of the game V = x y with the heavy ball: a gradient step with rate eta plus
+    `momentum` times the player's last move, which for x is x - x_before, and for y likewise.
 
-    In the long run every step multiplies the distance to the solution (0, 0) by it."""
-    columns = [torch.stack(bilinear_step(x, y, eta, k, exact, alternating))
-               for x, y in torch.eye(2, dtype=torch.float64)]
+    x descends and y ascends. y's gradient is the old x or, if alternating, the new one. Takes
+    numbers or scalar tensors. Returns four: the new x, the new y, the old x, the old y."""
+    x_new = x - eta * y + momentum * (x - x_before)
+    y_new = y + eta * (x_new if alternating else x) + momentum * (y - y_before)
+    return x_new, y_new, x, y
+
+
+def growth(step, n):
+    """The largest modulus of the eigenvalues of step, a linear map of n numbers: a number.
+
+    step takes n float64 scalar tensors and returns n. In the long run every step multiplies the
+    distance to the solution 0 by the result."""
+    columns = [torch.stack(step(*unit)) for unit in torch.eye(n, dtype=torch.float64)]
     return torch.linalg.eigvals(torch.stack(columns, dim=1)).abs().max().item()
+
+
+def bilinear_growth(eta, **kind):
+    """growth() of bilinear_step(x, y, eta, **kind), as a number."""
+    return growth(lambda x, y: bilinear_step(x, y, eta, **kind), 2)
+
+
+def momentum_growth(eta, momentum, alternating=True):
+    """growth() of momentum_step(x, y, x_before, y_before, eta, momentum, alternating): a number."""
+    return growth(lambda *state: momentum_step(*state, eta, momentum, alternating), 4)
 
 
 @holds
@@ -1856,7 +1892,8 @@ def bilinear_game():
     rollback; it trains in turn, so this game does not explain it."""
     eta, pairs, works = 0.1, [], {False: [], True: []}
     for in_turn, k in itertools.product((False, True), range(6)):
-        exact, rollback = (bilinear_growth(eta, k, how, in_turn) for how in (True, False))
+        exact, rollback = (bilinear_growth(eta, k=k, exact=how, alternating=in_turn)
+                           for how in (True, False))
         pairs += [(1 - (2 * k - (not in_turn)) * eta ** 2, exact),
                   (1 - (k - (not in_turn)) * eta ** 2, rollback)]
         if rollback < 1 - ROUNDING:
@@ -1869,20 +1906,58 @@ def bilinear_game():
             roots and at_once == [2, 3, 4, 5] and in_turn == [1, 2, 3, 4, 5])
 
 
+@holds
+def momentum_game():
+    """On V = x y, in turn, momentum 0.5 makes a circle a growing spiral, -0.3 a shrinking one.
+
+    Gidel et al. 2019, arXiv:1807.04740. Each number is the factor by which a step multiplies the
+    distance to (0, 0), in the long run. Without momentum the game in turn circles. The momentum
+    that is usual for a GAN, Adam's beta1 = 0.5, is enough to lose it. Chapter 03 finds the same on
+    the ring: with beta1 = 0.5 the plain GAN collapses, with 0 it covers all modes."""
+    circle, outwards, inwards = (momentum_growth(0.1, m) for m in (0.0, 0.5, -0.3))
+    return ("1, above 1, below 1", f"{circle:.4f}, {outwards:.4f}, {inwards:.4f}",
+            abs(circle - 1) < 1e-6 and outwards > 1.01 and inwards < 0.999)
+
+
+@holds
+def r1_game():
+    """On V = x y an R1 penalty of weight 2 k η damps exactly as k exactly unrolled steps do.
+
+    One report asks whether R1 would suit an unrolled GAN. In this game one can replace the other:
+    both steps have the determinant 1 - η γ + η² at once and 1 - η γ in turn, γ = 2 k η, and the
+    same trace, hence the same eigenvalues. R1 (Mescheder et al. 2018) pulls y, the weight of D, to
+    0; unrolling pulls x, the weight of G. R1 needs no second pass through D for each step of k."""
+    eta, pairs, determinants = 0.1, [], []
+    for in_turn, k in itertools.product((False, True), range(1, 6)):
+        steps = [torch.stack([torch.stack(bilinear_step(*unit, eta, alternating=in_turn, **kind))
+                              for unit in torch.eye(2, dtype=torch.float64)], dim=1)
+                 for kind in (dict(k=k), dict(r1=2 * k * eta))]
+        pairs += [(torch.linalg.det(steps[0]), torch.linalg.det(steps[1])),
+                  (steps[0].trace(), steps[1].trace())]
+        determinants.append((1 - 2 * k * eta ** 2 + (not in_turn) * eta ** 2,
+                             torch.linalg.det(steps[1]).item()))
+    return equal(*pairs, note=f"k = 5, in turn: determinant {determinants[-1][1]:.2f}",
+                 and_also=all(abs(a - b) < ROUNDING for a, b in determinants))
+
+
 @figure("bilinear", "V = x y: x descends, y ascends, η = 0.1, 150 steps from the black dot",
-        panels=6, rows=2, width=3, height=3.6)
+        panels=8, rows=2, width=3, height=3.6)
 def draw_bilinear(*panels):
     kinds = {"plain": {}, "rollback, k = 1": dict(k=1, exact=False),
              "rollback, k = 2": dict(k=2, exact=False), "exact, k = 1": dict(k=1),
              "in turn": dict(alternating=True),
              "in turn, rollback, k = 1": dict(k=1, exact=False, alternating=True)}
-    for ax, (name, kind) in zip(panels, kinds.items()):
-        path = [(double(1.0), double(0.0))]
-        for _ in range(150):
-            path.append(bilinear_step(*path[-1], 0.1, **kind))
-        ax.plot(*torch.tensor(path).T, linewidth=1)
+    games = {name: (functools.partial(bilinear_step, eta=0.1, **kind), 2)
+             for name, kind in kinds.items()}
+    games |= {f"in turn, momentum {m}": (functools.partial(momentum_step, eta=0.1, momentum=m), 4)
+              for m in (0.5, -0.3)}
+    for ax, (name, (step, n)) in zip(panels, games.items()):
+        path = [(double(1.0), double(0.0)) * (n // 2)]
+        while len(path) < 151 and max(map(abs, path[-1])) < 2.2:
+            path.append(step(*path[-1]))
+        ax.plot(*torch.tensor(path)[:, :2].T, linewidth=1)
         ax.plot(1, 0, "o", color="black", markersize=4)
-        ax.set(title=f"{name}\nlength x {bilinear_growth(0.1, **kind):.3f} a step", aspect="equal",
+        ax.set(title=f"{name}\ndistance times {growth(step, n):.3f} per step", aspect="equal",
                xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xlabel="x", ylabel="y")
 
 
@@ -1922,8 +1997,9 @@ def draw_js_w1(ax):
 
 
 def gradient_penalty(critic, x):
-    """mean (‖∇_x critic(x)‖ - 1)², x [B, ...] (Gulrajani et al. 2017, eq. 3).
+    """mean (‖∇_x critic(x)‖ - 1)², x [B, ...] (Gulrajani et al. 2017, eq. 3), a scalar tensor.
 
+    critic: [B, ...] -> [B], each value of its own example; the norm is over all entries of one.
     create_graph keeps the graph of the gradient, so that the penalty can train the critic."""
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -1976,7 +2052,9 @@ topic("samples and scores", """
 
 
 def weighted_mmd(x, weights_x, y, weights_y):
-    """MMD² of two weighted point sets on the line, kernel 1 / (1 + (a - b)²); 0 if equal."""
+    """MMD² of two weighted point sets on the line, kernel k(a, b) = 1 / (1 + (a - b)²); 0 if equal.
+
+    x, weights_x [n]; y, weights_y [m]. E k(x, x') + E k(y, y') - 2 E k(x, y), by double sums."""
     def mean(a, weights_a, b, weights_b):
         return weights_a @ (1 / (1 + (a[:, None] - b) ** 2)) @ weights_b
 
@@ -2017,7 +2095,9 @@ def draw_three_points(ax):
 
 
 def inception_score(probs):
-    """IS = exp(mean_x KL(p(y given x) ‖ p(y))), p(y) the mean; probs [N, K], rows sum to 1."""
+    """IS = exp(mean_x KL(p(y given x) ‖ p(y))), p(y) the mean; probs [N, K], rows sum to 1.
+
+    Returns a scalar tensor."""
     p_y = probs.mean(dim=0)
     kl = (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, p_y)).sum(dim=1)
     return kl.mean().exp()
@@ -2071,11 +2151,11 @@ def fid_gaussians():
 
 
 def truncated_normal_variance(limit):
-    """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit > 0.
+    """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit > 0; a number.
 
-    For t <= 1 by a series, because this difference would lose all digits of a small t: 2 Φ(t) - 1 =
-    2 t φ(t) s with s = 1 + t²/3 + t⁴/(3·5) + ..., so the variance is 1 - 1/s = (s - 1)/s. Raises
-    ValueError for a limit not above 0."""
+    limit may be inf, which gives 1. For t <= 1 it is computed by a series, because the difference
+    would lose all digits of a small t: 2 Φ(t) - 1 = 2 t φ(t) s with s = 1 + t²/3 + t⁴/(3·5) + ...,
+    so the variance is 1 - 1/s = (s - 1)/s. Raises ValueError for a limit not above 0."""
     if not limit > 0:
         raise ValueError(f"nothing lies within ±{limit}")
     if limit <= 1:
@@ -2108,10 +2188,10 @@ def truncation():
 def merge_batch_statistics(counts, means, variances):
     """Mean and (population) variance [C] of the joined batch from those of its R parts.
 
-    counts [R], means and variances [R, C]. mean = Σ n_r m_r / n; variance = Σ n_r (v_r + (m_r -
-    mean)²) / n: the spread inside the parts and that between them (Chan et al. 1979). Parts that
-    are empty, whose own mean is nan, have no say. Raises ValueError if all are, or if the shapes
-    do not fit."""
+    counts [R] of any type, means and variances [R, C]. mean = Σ n_r m_r / n and variance =
+    Σ n_r (v_r + (m_r - mean)²) / n: the spread inside the parts and that between them (Chan et al.
+    1979). Empty parts, whose own mean is nan, do not count. Raises ValueError if all are empty, or
+    if the shapes do not fit."""
     if means.shape != variances.shape or means.ndim != 2 or counts.shape != means.shape[:1]:
         raise ValueError(f"counts {tuple(counts.shape)}, means {tuple(means.shape)} and variances "
                          f"{tuple(variances.shape)} do not fit")

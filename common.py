@@ -145,7 +145,7 @@ def as_script(main):
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed it
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     with contextlib.suppress(AttributeError):  # IDLE's has no encoding
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -363,7 +363,7 @@ def locked(out):
     """Within it no other run writes into the folder `out`, which is made if it is not there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")
+        lock = open(out / ".lock", "a", encoding="utf-8")
     except OSError as e:
         fail(f"cannot write to {out} ({e.strerror}): choose another folder with --out")
     with lock:
@@ -840,7 +840,7 @@ def quiet():
             stderr = os.dup(2)
             after.callback(os.close, stderr)
             after.callback(os.dup2, stderr, 2)
-            with open(os.devnull, "w") as nothing:
+            with open(os.devnull, "w", encoding="utf-8") as nothing:
                 os.dup2(nothing.fileno(), 2)
         yield
 
@@ -1249,7 +1249,7 @@ def figure(rows, columns, width, height, title=""):
     """A matplotlib figure of width x height inches, and its axes in a 2-D array."""
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(h_pad=0.08)  # inches: the title keeps off those of the panels
-    fig.suptitle(title, wrap=True, parse_math=False)  # a folder's name may have two $ in it
+    fig.suptitle(title.replace("$", r"\$"), wrap=True)  # a folder's name may have two $ in it
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
@@ -1285,7 +1285,7 @@ def save_process(path, shots, title, tell=True):
     height, width = cells[0][2].shape[1] + above, round(1.1 * cells[0][2].shape[2])
     inches = 1.8 * len(shots) * height / width
     fig = Figure(figsize=(1.8 * columns, inches + 0.4))
-    fig.suptitle(title, fontsize=10, wrap=True, parse_math=False)
+    fig.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)
     ax = fig.add_axes((0.01, 0, 0.98, inches / (inches + 0.4)))  # left, bottom, width, height
     whole = torch.full((3, height * len(shots), width * columns), 255, dtype=torch.uint8)
     for name, step, grid, i, j in cells:
@@ -1440,7 +1440,7 @@ def write_log(path, log):
     columns = list(dict.fromkeys(key for row in log for key in row))
 
     def write(file):
-        with open(file, "w", newline="") as f:
+        with open(file, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, columns)
             writer.writeheader()
             writer.writerows(log)

@@ -1,4 +1,7 @@
-"""Settings of all tests: one thread, no surprise from time, the same examples on every CI run."""
+"""Settings of all tests, --mine, and the fixtures of whole runs, for tests that ask for them.
+
+A test of a formula needs torch and its chapter: nothing here that it uses imports common.
+"""
 
 import gc
 import os
@@ -8,9 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import common
-from harness import draw_nothing
-from own_functions import Mine
+import mine
 
 torch.set_num_threads(1)  # the same rounding on every machine, and no fight over two cores
 
@@ -20,21 +21,12 @@ settings.register_profile("everyday", deadline=None, print_blob=True, max_exampl
 settings.register_profile("thorough", settings.get_profile("everyday"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
 
-
-def pytest_addoption(parser):
-    parser.addoption("--mine", metavar="FILE", default="tests",  # see .pytest.ini
-                     help="put the functions of this file in the place of the chapters', and "
-                          "run the properties that are about them, nothing else")
+pytest_addoption, pytest_configure = mine.pytest_addoption, mine.pytest_configure
 
 
-def pytest_configure(config):
-    if config.getoption("mine", "tests") != "tests":
-        config.pluginmanager.register(Mine(config))
-
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def second_core(request, tmp_path_factory):
-    """Calls the functions of all marks beside(run=...), one after the other, while the tests go on.
+    """Calls the functions of all marks beside(run=...), one after the other, while the tests run.
 
     They start processes and wait for them, which leaves the first core to the tests.
     """
@@ -46,6 +38,13 @@ def second_core(request, tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def second_core_from_the_start(request):
+    """The processes start with the first test, if any test waits for one."""
+    if any(item.get_closest_marker("beside") for item in request.session.items):
+        request.getfixturevalue("second_core")
+
+
 @pytest.fixture
 def beside(request, second_core):
     """What run(folder) of the test's mark beside(run=...) returned; all runs share the folder."""
@@ -54,7 +53,8 @@ def beside(request, second_core):
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
-    """A --data-dir that all tests share, with a tenth of the digits, drawn once."""
+    """A --data-dir that all tests share, with a tenth of the synthetic digits, made once."""
+    import common
     folder = tmp_path_factory.mktemp("data")
     torch.save([common.draw_digits(400, seed=1), common.draw_digits(2000, seed=0)],
                folder / "digits.pt")
@@ -62,22 +62,23 @@ def digits_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def no_figures(request, monkeypatch):
-    """None is made, or if the test is marked with draws, none is written."""
-    monkeypatch.setattr(common, "save_figure", lambda fig, path, tell=True: None)
-    if not request.node.get_closest_marker("draws"):
-        draw_nothing(monkeypatch)
+def no_figures(monkeypatch):
+    """No figure is made: a figure takes longer than a few steps of training."""
+    from harness import make_no_figures
+    make_no_figures(monkeypatch)
 
 
 @pytest.fixture
 def no_checkpoints(monkeypatch):
     """None is written, which in a short run takes longer than the steps between two."""
+    import common
     monkeypatch.setattr(common, "save_checkpoint", lambda *args, **state: None)
 
 
 @pytest.fixture
 def tensors_alive(monkeypatch):
     """A list that grows by one number in each step of a GAN: how many tensors the test has made."""
+    import common
     alive = []
 
     def count(step, **losses):

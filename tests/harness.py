@@ -1,4 +1,4 @@
-"""Ways to interrupt a chapter, to compare what it left, and to see it refuse bad input."""
+"""What tests of whole runs share: ways to end a run, to compare what it left, and small data."""
 
 import contextlib
 from unittest import mock
@@ -14,10 +14,10 @@ import common
 @contextlib.contextmanager
 def killed_after(saves):
     """Within it the run dies right after that many checkpoints."""
-    keep, left = common.save_checkpoint, [saves]
+    save, left = common.save_checkpoint, [saves]
 
     def save_and_die(*args, **state):
-        keep(*args, **state)
+        save(*args, **state)
         left[0] -= 1
         if left[0] == 0:
             raise RuntimeError("killed")
@@ -29,7 +29,8 @@ def killed_after(saves):
 
 def results(out):
     """All samples and the log that a run left in its folder."""
-    return {file.name: torch.load(file) if file.suffix == ".pt" else file.read_text()
+    return {file.name: torch.load(file) if file.suffix == ".pt"
+            else file.read_text(encoding="utf-8")
             for file in [*out.glob("samples*.pt"), *out.glob("log.csv")]}
 
 
@@ -38,15 +39,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
         for name in a)
-
-
-def rejected(prop, twin, *case):
-    """The property fails for the wrong twin."""
-    try:
-        prop(twin, *case)
-    except AssertionError:
-        return True
-    return False
 
 
 def one_line(capsys, run, *words, status=2):
@@ -59,8 +51,8 @@ def one_line(capsys, run, *words, status=2):
         assert word in error
 
 
-def draw_nothing(patch):
-    """Figures take longer than a few steps of training: axes that take all and draw nothing."""
+def make_no_figures(patch):
+    """From here on axes take every call and plot nothing, and no picture is written."""
     def figure(rows, columns, *size):
         axes = numpy.empty((rows, columns), dtype=object)
         for place in numpy.ndindex(axes.shape):

@@ -1,7 +1,12 @@
-"""What the property tests draw. Each bound has its reason."""
+"""What the tests of formulas share. Each bound of a strategy has its reason."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
+
+# about("kl_standard_normal"): which functions of its chapter a property is about, for --mine.
+# about(..., edge=True): a property of edge cases (refused input, extreme values), not the formula.
+about = pytest.mark.about
 
 
 def seeds():
@@ -16,3 +21,12 @@ def generator(seed):
 def normal(seed, *shape):
     """Standard normal float64 tensor of a drawn seed."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def rejected(prop, twin, *case):
+    """The property fails for the wrong twin."""
+    try:
+        prop(twin, *case)
+    except AssertionError:
+        return True
+    return False

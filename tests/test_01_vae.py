@@ -1,6 +1,5 @@
-"""Chapter 01: the bound is a bound, its terms are what they say, a kill loses nothing."""
+"""Chapter 01: the bound is a bound, and its terms are what they say."""
 
-import csv
 import importlib
 import itertools
 import math
@@ -11,9 +10,7 @@ from hypothesis import given, strategies as st
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torch.testing import assert_close
 
-import common
-from harness import folder_of_pictures, killed_after, one_line, rejected, results, same
-from strategies import normal, seeds
+from strategies import about, normal, rejected, seeds
 
 vae = importlib.import_module("01_vae")
 EPS = torch.finfo(torch.float64).eps
@@ -34,6 +31,7 @@ def kl_is_that_of_torch(kl, seed, n, d):
     assert_close(kl(mu, logvar), expected, rtol=0, atol=8 * d * EPS * size)
 
 
+@about("kl_standard_normal")
 @given(seeds(), sizes, sizes)
 def test_kl_is_that_of_two_normals(seed, n, d):
     kl_is_that_of_torch(vae.kl_standard_normal, seed, n, d)
@@ -59,6 +57,7 @@ def negative_elbo_is_its_mean(negative_elbo, seed, n, k):
     assert_close(negative_elbo(log_px, mu, logvar), expected, rtol=0, atol=atol)
 
 
+@about("negative_elbo")
 @given(seeds(), sizes, sizes)
 def test_negative_elbo_is_kl_minus_the_mean_log_likelihood(seed, n, k):
     negative_elbo_is_its_mean(vae.negative_elbo, seed, n, k)
@@ -72,6 +71,7 @@ def test_wrong_elbos_are_rejected(twin):
     assert rejected(negative_elbo_is_its_mean, twin, 0, 3, 2)
 
 
+@about("kl_standard_normal")
 @given(seeds(), sizes)
 def test_kl_is_zero_only_at_the_prior(seed, d):
     zero = torch.zeros(1, d, dtype=torch.float64)
@@ -80,6 +80,7 @@ def test_kl_is_zero_only_at_the_prior(seed, d):
     assert vae.kl_standard_normal(mu, zero).item() > 0 < vae.kl_standard_normal(zero, logvar).item()
 
 
+@about("vae_loss")
 @given(seeds(), sizes, sizes, st.floats(1e-3, 10))
 def test_the_loss_of_the_course_is_its_formula(seed, n, d, x_sigma2):
     """Written with matrices, one example at a time: tr Σ + ‖mu‖² - d - log det Σ."""
@@ -94,9 +95,10 @@ def test_the_loss_of_the_course_is_its_formula(seed, n, d, x_sigma2):
     assert_close(data_term.item(), data / n, rtol=50 * EPS, atol=0)
     size = (logvar.exp() + mu ** 2 + 1 + logvar.abs()).sum().item()
     assert_close(kl_term.item(), kl / n, rtol=0, atol=50 * EPS * size)
-    assert_close(loss, data_term + kl_term, rtol=0, atol=0)
+    assert_close(loss, data_term + kl_term, rtol=10 * EPS, atol=0)  # both may be rounded sums
 
 
+@about("vae_loss")
 @given(seeds(), sizes, st.floats(0.01, 10))
 def test_the_loss_of_the_course_is_minus_two_elbo_up_to_a_constant(seed, n, x_sigma2):
     """-ELBO = loss / 2 + d_x / 2 log(2 π s²) for pixels of variance s² = σ² d_x."""
@@ -111,26 +113,32 @@ def test_the_loss_of_the_course_is_minus_two_elbo_up_to_a_constant(seed, n, x_si
                  atol=100 * EPS * (loss.abs().item() + abs(constant) + data_term.item()))
 
 
-def test_a_loss_without_meaning_is_refused():
-    x, mu = torch.zeros(2, 1, 4, 4), torch.zeros(2, 3)
-    for x, x_rec, x_sigma2 in ((x, x, 0.0), (x, x, -1.0), (x, x, math.nan), (x, x[:1], 1.0),
-                               (x[:0], x[:0], 1.0)):
-        with pytest.raises(ValueError):
-            vae.vae_loss(x, x_rec, mu, mu, x_sigma2)
+@about("vae_loss", edge=True)
+@pytest.mark.parametrize("b, b_rec, x_sigma2", [(2, 2, 0.0), (2, 2, -1.0), (2, 2, math.nan),
+                                                (2, 1, 1.0), (0, 0, 1.0)])
+def test_a_loss_without_meaning_is_refused(b, b_rec, x_sigma2):
+    with pytest.raises(ValueError):
+        vae.vae_loss(torch.zeros(b, 1, 4, 4), torch.zeros(b_rec, 1, 4, 4), torch.zeros(b, 3),
+                     torch.zeros(b, 3), x_sigma2)
 
 
-@pytest.mark.parametrize("log_px, z", [((4,), (4, 2)), ((1, 4), (4, 2)), ((3, 2), (3, 4, 2)),
-                                       ((3, 4, 1), (3, 4, 2))])
-def test_bounds_of_sizes_that_do_not_fit_are_refused(log_px, z):
-    """Such as those of a picture each that has lost its dimension k: a mean over the batch."""
-    mu, log_px, z = torch.zeros(4, 2), torch.zeros(log_px), torch.zeros(z)
-    with pytest.raises(ValueError, match=r"log_px_z must be \[k, B\]"):
-        vae.iwae_bound(log_px, z, mu, mu)
-    if log_px.shape != (1, 4):
-        with pytest.raises(ValueError, match=r"log_px_z must be \[k, B\]"):
-            vae.negative_elbo(log_px, mu, mu)
+@about("iwae_bound", edge=True)
+@pytest.mark.parametrize("log_px_z, z", [((4,), (4, 2)), ((1, 4), (4, 2)), ((3, 2), (3, 4, 2)),
+                                         ((3, 4, 1), (3, 4, 2))])
+def test_a_bound_of_sizes_that_do_not_fit_is_refused(log_px_z, z):
+    """A lost dimension k would be broadcast: a mean over the batch."""
+    with pytest.raises(ValueError):
+        vae.iwae_bound(torch.zeros(log_px_z), torch.zeros(z), torch.zeros(4, 2), torch.zeros(4, 2))
 
 
+@about("negative_elbo", edge=True)
+@pytest.mark.parametrize("log_px_z", [(4,), (3, 2), (3, 4, 1)])
+def test_an_elbo_of_sizes_that_do_not_fit_is_refused(log_px_z):
+    with pytest.raises(ValueError):
+        vae.negative_elbo(torch.zeros(log_px_z), torch.zeros(4, 2), torch.zeros(4, 2))
+
+
+@about("log_bernoulli", "log_gaussian")
 @given(seeds(), sizes, sizes)
 def test_likelihoods_are_those_of_torch(seed, k, n):
     logits, x = normal(seed, k, n, 1, 2, 3), (normal(seed + 1, n, 1, 2, 3) > 0).double()
@@ -142,6 +150,7 @@ def test_likelihoods_are_those_of_torch(seed, k, n):
                  atol=100 * EPS * (1 + expected.abs().max().item()))
 
 
+@about("log_gaussian")
 @given(seeds(), st.sampled_from([(), (1,), (4, 1, 1, 1), (1, 2, 1, 1), (4, 1, 2, 3)]))
 def test_a_learned_variance_has_the_gradient_that_it_has_in_torch(seed, shape):
     """One for all, for each picture, each colour, each pixel."""
@@ -155,6 +164,7 @@ def test_a_learned_variance_has_the_gradient_that_it_has_in_torch(seed, shape):
     assert_close(*slopes, rtol=1e-9, atol=1e-9)
 
 
+@about("log_bernoulli")
 @given(seeds())
 def test_probabilities_of_all_pictures_sum_to_one(seed):
     """All 16 pictures of 2x2 pixels."""
@@ -188,6 +198,7 @@ def bound_is_exact_at_the_posterior(bound, seed, k):
                  atol=1000 * EPS * (1 + log_p.abs().max().item() + (z ** 2).max().item()))
 
 
+@about("iwae_bound")
 @given(seeds(), st.integers(1, 20))
 def test_the_bound_is_exact_at_the_posterior(seed, k):
     bound_is_exact_at_the_posterior(vae.iwae_bound, seed, k)
@@ -202,6 +213,7 @@ def test_wrong_bounds_are_rejected(twin):
     assert rejected(bound_is_exact_at_the_posterior, twin, 0, 3)
 
 
+@about("iwae_bound")
 @given(seeds())
 def test_the_bound_is_a_bound_and_rises_with_k(seed):
     """For a q that is wrong: E bound(1) <= E bound(8) <= log p(x), within 6 standard errors."""
@@ -217,6 +229,7 @@ def test_the_bound_is_a_bound_and_rises_with_k(seed):
     assert means[1] <= log_p.item() + 6 * errors[1]
 
 
+@about("iwae_bound", "kl_standard_normal")
 @given(seeds())
 def test_elbo_with_the_kl_in_closed_form_is_the_bound_of_one_sample_in_the_mean(seed):
     x, _, mu, logvar, log_px = linear_gaussian(seed)
@@ -229,6 +242,7 @@ def test_elbo_with_the_kl_in_closed_form_is_the_bound_of_one_sample_in_the_mean(
 
 # --- reparameterisation and the networks -------------------------------------------------------
 
+@about("reparameterise")
 @given(seeds())
 def test_samples_have_the_mean_and_the_variance_asked_for(seed):
     n = 20_000
@@ -240,6 +254,7 @@ def test_samples_have_the_mean_and_the_variance_asked_for(seed):
     assert abs(times - 1) <= 6 * (2 / n) ** 0.5, f"their variance is {times:.2f} times exp(logvar)"
 
 
+@about("reparameterise")
 @given(seeds(), sizes)
 def test_gradients_flow_through_the_sample(seed, d):
     mu, logvar = (a.requires_grad_() for a in gaussian(seed, 2, d))
@@ -269,118 +284,3 @@ def test_mirrored_pictures_are_themselves_or_their_mirror_image(seed):
     mirrored = vae.mirrored(x)
     kept, turned = ((mirrored == a).flatten(1).all(dim=1) for a in (x, x.flip(3)))
     assert (kept ^ turned).all() and kept.any() and turned.any()  # all alike: 2 times in 2^64
-
-
-# --- whole runs --------------------------------------------------------------------------------
-
-@pytest.fixture(autouse=True)
-def small_runs(monkeypatch, no_figures):
-    monkeypatch.setattr(vae, "N_SAMPLES", 100)
-    monkeypatch.setattr(vae, "N_TEST", 40)
-
-
-def run(out, digits_dir, *flags):
-    vae.main(["--data", "digits", "--data-dir", str(digits_dir), "--steps", "3", "--batch", "8",
-              "--k-test", "3", "--out", str(out), *flags])
-    return results(out)
-
-
-def test_all_models_killed_in_the_middle_resume_to_the_same_bits(tmp_path, digits_dir, monkeypatch):
-    monkeypatch.setattr(vae, "STUDY", 1.0)
-    straight = run(tmp_path / "straight", digits_dir)
-    assert sorted(straight) == ["log.csv", "samples.pt"]
-    for death in (2, 4):
-        with killed_after(death):
-            run(tmp_path / "killed", digits_dir, "--resume")
-    assert same(run(tmp_path / "killed", digits_dir, "--resume"), straight)
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-def test_more_samples_tighten_the_printed_bound(tmp_path, digits_dir, capsys):
-    """The mean of the bound grows with k (Burda et al. 2015, theorem 1): the NLL falls."""
-    nll = []
-    for k in ("1", "100"):
-        run(tmp_path / k, digits_dir, "--models", "vae", "--k-test", k)
-        nll.append(float(capsys.readouterr().out.splitlines()[-1].split()[3]))
-    assert nll[1] < nll[0]
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-def test_the_kept_weights_draw_the_samples(tmp_path, digits_dir):
-    samples = run(tmp_path, digits_dir, "--models", "vae")["samples.pt"]
-    torch.manual_seed(0)
-    z = torch.randn(len(samples), 50)
-    net = vae.VAE(1, 28, 50)
-    net.load_state_dict(torch.load(tmp_path / "weights_vae.pt"))
-    assert torch.equal(common.to_uint8(vae.generate(net.eval(), z)), samples)
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-@pytest.mark.parametrize("k", ["1", "3"])
-def test_the_bound_is_climbed(tmp_path, digits_dir, k):
-    """30 steps: the loss, 28 * 28 log 2 = 543 nats for a decoder that knows nothing, falls."""
-    run(tmp_path, digits_dir, "--models", "vae", "-k", k, "--steps", "30", "--batch", "32")
-    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
-    assert losses[0] > 400 and 0 < losses[-1] < 300
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-def test_without_its_term_the_kl_is_free_to_grow(tmp_path, digits_dir):
-    """With pixels of variance 1 the data says little: the KL falls with its term, else it rises."""
-    run(tmp_path, digits_dir, "--models", "mid-sigma2", "no-kl", "--x-sigma2", "1",
-        "--steps", str(round(30 / vae.STUDY)), "--batch", "32")
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
-    first, last = ({row["model"]: float(row["kl"]) for row in some} for some in
-                   (reversed(rows), rows))
-    assert last["mid-sigma2"] < first["mid-sigma2"] / 2 and last["no-kl"] > first["no-kl"]
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-def test_the_study_climbs_the_loss_of_the_course_whatever_k_is(tmp_path, digits_dir):
-    flags = ["--models", "mid-sigma2", "no-kl", "--steps", "9"]
-    logs = [run(tmp_path / k, digits_dir, *flags, "-k", k) for k in ("1", "2")]
-    assert same(*logs)
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-def test_options_change_the_training_and_nothing_else(tmp_path, digits_dir):
-    short = ["--models", "vae", "--steps", "2"]
-    plain = run(tmp_path / "plain", digits_dir, *short)
-    assert same(run(tmp_path / "again", digits_dir, *short), plain)
-    for flags in (["-k", "3"], ["--likelihood", "gaussian"], ["--lr", "0.001"], ["--z-dim", "2"]):
-        out = run(tmp_path / "".join(flags), digits_dir, *short, *flags)
-        assert out.keys() == plain.keys() and not same(out, plain), flags
-    gaussian = ["--likelihood", "gaussian"]
-    assert not same(run(tmp_path / "s", digits_dir, *short, *gaussian, "--x-sigma2", "1"),
-                    results(tmp_path / "--likelihoodgaussian"))
-
-
-@pytest.mark.draws
-def test_a_small_folder_of_colour_pictures_is_enough(tmp_path, digits_dir):
-    folder = folder_of_pictures(tmp_path / "p", 12, 32)
-    samples = run(tmp_path / "o", digits_dir, "--data", folder, "--size", "32")["samples.pt"]
-    assert samples.shape == (100, 3, 32, 32)
-
-
-@pytest.mark.usefixtures("no_checkpoints")
-def test_the_table_says_how_many_pictures_were_measured(tmp_path, digits_dir, capsys):
-    """A folder of 12 keeps one for tests, whatever the number that is asked for."""
-    run(tmp_path / "o", digits_dir, "--data", folder_of_pictures(tmp_path / "p", 12, 32), "--size",
-        "32", "--models", "vae", "no-kl")
-    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert header[3] == "n" and [row[2] for row in rows] == ["1", "1"]
-
-
-def test_a_loss_that_explodes_names_itself(tmp_path, digits_dir, monkeypatch, capsys):
-    monkeypatch.setattr(vae, "log_bernoulli", lambda x, logits: logits.sum((-3, -2, -1)) * math.nan)
-    one_line(capsys, lambda: run(tmp_path, digits_dir), "loss is nan at step 1", status=1)
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--models", "gan"], ["--models", "gan"]),
-    (["--x-sigma2", "0"], ["--x-sigma2", "0"]),
-    (["-k", "0"], ["-k", "0"]), (["--batch", "1"], ["--batch 2 or more"]),
-    (["--z-dim", "x"], ["--z-dim", "x"])])
-def test_bad_flags_get_one_line(tmp_path, digits_dir, capsys, flags, words):
-    one_line(capsys, lambda: run(tmp_path, digits_dir, *flags), *words)

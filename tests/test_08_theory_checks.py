@@ -1,11 +1,10 @@
-"""Chapter 08: the functions that students paste, against oracles that share no code with them.
+"""Chapter 08: the functions to paste against oracles that share no code with them, and the claims.
 
-A property is a function of the implementation, so that its wrong twin can be put in its place.
+Wrong twins and wrong checks stand at the end: each takes a place in the chapter for one test.
 Rounding: a sum of n products is off by at most n EPS Σ |terms| (Higham 2002, section 3.1), in each
 of the two computations that are compared.
 """
 
-import cmath
 import importlib
 import inspect
 import io
@@ -18,19 +17,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, note, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision import models
 
-from strategies import generator, normal, seeds
+from harness import one_line
+from strategies import about, generator, normal, seeds
 
 theory = importlib.import_module("08_theory_checks")
 original = SimpleNamespace(**vars(theory))  # for wrong twins that stand in theory and call it
 EPS = torch.finfo(torch.float64).eps
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
+MOMENTA = st.integers(-90, 90).map(lambda m: m / 100)  # LAPACK fails for some of 1e-260
 SLOW = {"batch-doubling", "change-of-variables", "glo-no-prior", "grad-accumulate",
         "grad-accumulate-sgd", "moments-not-gaussian", "spectral"}
+FAST = [name for name in theory.CLAIMS if name not in SLOW]
 REFUTED = {"dropout-place", "embedding-needed", "sigmoid-tanh", "relu-vanish", "relu-linear",
            "relu-sign", "loss-tells-which", "label-constraints", "mlp-grads", "sgd-steps",
            "sgd-below-gd", "gd-memory", "gd-global", "gd-no-slope", "newton-ravine", "bilevel",
@@ -38,82 +40,55 @@ REFUTED = {"dropout-place", "embedding-needed", "sigmoid-tanh", "relu-vanish", "
            "detach-d", "saturation-high", "g-loss-alone", "moments-not-gaussian"}
 
 
-def rejected(prop, twin, *cases):
-    """The property fails for the wrong twin in at least one of the cases."""
-    failures = 0
-    for case in cases:
-        try:
-            prop(twin, *case)
-        except AssertionError:
-            failures += 1
-    return failures > 0
-
-
 def close(a, b, bound):
     """|a - b| <= bound, entry by entry."""
-    difference = (torch.as_tensor(a, dtype=torch.float64) - b).abs()
-    assert (difference <= bound).all(), f"off by {difference.max():.2e}, bound {bound}"
+    a, b, bound = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b, bound))
+    assert ((a - b).abs() <= bound).all(), f"off by {(a - b).abs().max():.2e}, bound {bound}"
 
 
 # --- the table ---------------------------------------------------------------------------------
 
-@given(st.sampled_from([name for name in theory.CLAIMS if name not in SLOW]), seeds())
-@settings(max_examples=150)
+@about("seen_inputs", "sizes_per_layer", "true_convolution", "random_conv", "first_over_last",
+       "deep_network", "deep_gradient", "difference_errors", "batch_gradients", "picture_error",
+       "generator_slopes", "both_orders", "linear_elbo")
+@pytest.mark.parametrize("name", FAST)
+@given(seeds())
+@settings(max_examples=3)
 def test_a_verdict_does_not_depend_on_the_seed(name, seed):
     outcome, right = theory.run(name, [seed])
-    note(f"{name}: {outcome}")
-    assert right == 1
+    assert right == 1, outcome
 
 
+@about("steps_to", "moment_training", "normal_points")
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_a_slow_verdict_is_as_expected(name):
     assert theory.run(name, [123])[1] == 1
 
 
-def test_every_claim_says_what_where_from_and_why():
+def test_53_claims_hold_and_these_25_are_refuted():
+    """A check's evidence is for the verdict of its decorator, so the decorators are pinned here."""
+    refuted = {name for name, claim in theory.CLAIMS.items() if claim.verdict == "refuted"}
+    assert refuted == REFUTED and len(refuted) == 25 and len(theory.CLAIMS) == 53 + 25
+    assert {claim.verdict for claim in theory.CLAIMS.values()} == {"holds", "refuted"}
+    assert "78 claims: 53 hold, 25 are refuted" in " ".join(theory.__doc__.split())
+    assert "Eight figures" in theory.__doc__ and len(theory.FIGURES) == 8
+
+
+def test_every_claim_says_what_where_from_and_why_and_every_topic_says_why():
     for name, claim in theory.CLAIMS.items():
         assert len(claim.check.__doc__.split()) >= 20, name
         assert theory.statement(claim.check).endswith((".", ")")), name
-
-
-def test_51_claims_hold_and_these_25_are_refuted():
-    """A check's evidence is for the verdict of its decorator, so the decorators are pinned here."""
-    verdicts = [claim.verdict for claim in theory.CLAIMS.values()]
-    assert (verdicts.count("holds"), verdicts.count("refuted"), len(verdicts)) == (51, 25, 76)
-    assert "76 claims: 51 hold, 25 are refuted" in " ".join(theory.__doc__.split())
-    assert {name for name, claim in theory.CLAIMS.items() if claim.verdict == "refuted"} == REFUTED
-
-
-def test_an_id_is_taken_once():
-    def relu_dead():
-        return "1", "1", True
-
-    with pytest.raises(AssertionError, match="relu-dead"):
-        theory.holds(relu_dead)
-
-
-def test_an_underscore_at_the_end_is_not_part_of_an_id(monkeypatch):
-    monkeypatch.setattr(theory, "CLAIMS", {})
-
-    def numeric_grad_():
-        return "1", "1", True
-
-    assert theory.refuted(numeric_grad_) is numeric_grad_
-    assert list(theory.CLAIMS) == ["numeric-grad"]
-
-
-def test_every_claim_has_a_topic_and_every_topic_says_why():
     assert {claim.topic for claim in theory.CLAIMS.values()} == set(theory.TOPICS)
     for introduction in theory.TOPICS.values():
-        assert len(introduction.split()) >= 20
-        assert introduction[0].isupper() and introduction[-1] in ".?!"
+        assert re.fullmatch(r"[A-Z]\S*(\s\S+){19,}[.?!]", introduction)
 
 
-def test_there_are_eight_figures():
-    assert "Eight figures" in theory.__doc__
-    assert set(theory.FIGURES) == {"receptive_field", "saturation", "finite_difference", "js_w1",
-                                   "bilinear", "three_points", "fingerprints",
-                                   "transposed_coverage"}
+def test_an_id_is_taken_once_and_an_underscore_at_its_end_is_no_part_of_it(monkeypatch):
+    monkeypatch.setattr(theory, "CLAIMS", {})
+    assert theory.refuted(theory.numeric_grad_) is theory.numeric_grad_
+    assert list(theory.CLAIMS) == ["numeric-grad"]
+    with pytest.raises(AssertionError, match="numeric-grad"):
+        theory.holds(theory.numeric_grad_)
 
 
 def shaky(*evidence):
@@ -121,36 +96,17 @@ def shaky(*evidence):
     outcomes = iter([("expected", str(place), value) for place, value in enumerate(evidence)])
 
     def check():
-        """What it states.
-
-        Why.
-        """
         return next(outcomes)
+    check.__doc__ = "What it states.\n\nWhy."
     return check
 
 
-NOT_TRUE = [False, math.nan, None, 1.0, torch.tensor(math.nan), np.float64("nan")]
-
-
-@pytest.mark.parametrize("evidence", NOT_TRUE, ids=repr)
+@pytest.mark.parametrize("evidence", [False, math.nan, None, 1.0, torch.tensor(math.nan),
+                                      np.float64("nan")], ids=repr)
 def test_no_claim_is_confirmed_by_anything_but_true(evidence, monkeypatch):
     for name, claim in theory.CLAIMS.items():
         monkeypatch.setitem(theory.CLAIMS, name, claim._replace(check=shaky(evidence)))
         assert theory.run(name, [0])[1] == 0
-
-
-@pytest.mark.parametrize("name", ["depth-numbers", "relu-linear"])
-@pytest.mark.parametrize("evidence", [False, math.nan])
-def test_a_wrong_verdict_ends_with_status_one(name, evidence, tmp_path, monkeypatch, capsys):
-    claim = theory.CLAIMS[name]
-    wrong = claim._replace(check=shaky(*theory.SEEDS * [evidence]))
-    monkeypatch.setitem(theory.CLAIMS, name, wrong)
-    flags = ["--only", name, "relu-dead", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit) as stop:
-        theory.main(flags)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 1 and name in err and "relu-dead" not in err
-    assert f"{claim.verdict} expected (0 of 5 seeds)" in out
 
 
 def test_the_outcome_with_the_wrong_verdict_is_the_one_that_is_shown(monkeypatch):
@@ -159,21 +115,20 @@ def test_the_outcome_with_the_wrong_verdict_is_the_one_that_is_shown(monkeypatch
     assert theory.run("shaky", range(3)) == (("expected", "1", False), 2)
 
 
-def poisoned(value):
-    return tuple(map(poisoned, value)) if isinstance(value, tuple) else math.nan * value
-
-
 @pytest.mark.parametrize("source", ["normal", "gradient", "double"])
 def test_a_check_that_meets_nan_confirms_nothing(source, monkeypatch):
     """Of these functions nearly every check takes its numbers; linear algebra may refuse nan."""
     right, met = getattr(theory, source), []
+
+    def poisoned(value):
+        return tuple(map(poisoned, value)) if isinstance(value, tuple) else math.nan * value
 
     def wrong(*args):
         met.append(name)
         return poisoned(right(*args))
 
     monkeypatch.setattr(theory, source, wrong)
-    for name in theory.CLAIMS.keys() - SLOW:
+    for name in FAST:
         try:
             confirmed = theory.run(name, [0])[1]
         except (RuntimeError, ValueError):
@@ -204,82 +159,19 @@ def test_a_row_needs_exactly_what_it_expects(monkeypatch):
     assert [theory.run(name, [0])[1] for name in theory.CLAIMS] == [1, 0, 0, 0]
 
 
-def test_only_and_list(tmp_path, capsys):
-    theory.main(["--only", "double-sigmoid", "--out", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert "1.0064, 0.6931" in out and "saturation-high" not in out
-    assert " ".join(theory.double_sigmoid.__doc__.split()) in " ".join(out.split())
-    assert theory.TOPICS["GANs"] in " ".join(out.split())
-    assert theory.TOPICS["losses"][:40] not in " ".join(out.split())
-    assert [file.name for file in tmp_path.iterdir()] in ([], [".lock"])  # no pictures
-    theory.main(["--list"])
-    out = capsys.readouterr().out
-    assert all(name in out for name in theory.CLAIMS)
-    with pytest.raises(SystemExit) as stop:
-        theory.main(["--only", "no-such-claim"])
-    assert stop.value.code == 2 and "no-such-claim" in capsys.readouterr().err
-
-
-# --- the quiz ----------------------------------------------------------------------------------
-
-QUIZ = ["relu-linear", "relu-dead", "saturation-high"]  # refuted, holds, refuted; in this order
-
-
-def quiz(lines, monkeypatch, capsys, names=QUIZ):
-    """What --predict prints for these lines of input."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    theory.main(["--predict", "--only", *names])
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("lines, right, asked", [
-    ("r\nh\nr\n", 3, 3), ("refuted\nHOLDS \nRefuted\n", 3, 3), ("h\nr\nh\n", 0, 3),
-    ("h\nh\nr\n", 2, 3), ("\nh\n\n", 1, 1), ("\n\n\n", 0, 0), ("", 0, 0), ("r", 1, 1),
-    ("r\nr\n", 1, 2), ("yes\n1\nr\nhr\nh\n?\nr\n", 3, 3)])
-def test_the_quiz_counts_the_hits(lines, right, asked, monkeypatch, capsys):
-    """Letters or words; an empty line skips, the end of input ends it, anything else asks again."""
-    out = quiz(lines, monkeypatch, capsys)
-    assert out.endswith(f"\nyou were right on {right} of {asked}\n")
-    assert out.count("an empty line skips") == len(re.findall("yes|1|hr|[?]", lines))
-
-
-def test_the_quiz_asks_before_it_shows_both_sides(monkeypatch, capsys):
-    """A part of the output for each question: it ends with the question."""
-    first, second, third, end = quiz("r\nr\n\n", monkeypatch, capsys).split("holds or refuted?")
-    assert "relu-linear" in first and "1 : 1 : 1" not in first
-    assert "1 : 1 : 1" in second and second.count("refuted") == 1
-    assert theory.statement(theory.relu_dead) in second and "moved inputs" not in second
-    assert third.count("holds") == 1 and "moved inputs" in third
-    assert "-1.0000" not in end  # a claim that is skipped keeps its secret
-
-
-def test_the_quiz_counts_by_the_verdict_of_the_claim(monkeypatch, capsys):
-    claim = theory.CLAIMS["relu-dead"]
-    monkeypatch.setitem(theory.CLAIMS, "relu-dead", claim._replace(verdict="refuted"))
-    assert "right on 0 of 1" in quiz("h\n", monkeypatch, capsys, ["relu-dead"])
-
-
-def test_the_quiz_needs_no_input_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    """Python has no stdin if it was closed before the start, as by a shell's <&-."""
-    monkeypatch.setattr(sys, "stdin", None)
-    theory.main(["--predict", "--out", str(tmp_path / "out")])
-    out = capsys.readouterr().out
-    assert out.count("holds or refuted?") == 1 and out.endswith("right on 0 of 0\n")
-    assert not list(tmp_path.iterdir())
-
-
 # --- receptive fields --------------------------------------------------------------------------
 
-def layer_stacks():
-    """Up to four layers; kernels to 5, strides to 4 (so also larger than the kernel), dilations to
-    3: inputs stay under 2,000 pixels."""
-    return st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3),
-                              st.integers(1, 3)), max_size=4)
+# up to four layers; kernels to 5, strides to 4 (so also larger than the kernel), paddings to 3,
+# dilations to 3: inputs stay under 2,000 pixels
+layer_stacks = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3),
+                                  st.integers(1, 3)), max_size=4)
 
 
-def field_is_what_moves_the_output(field, layers):
+@about("receptive_field")
+@given(layer_stacks)
+def test_receptive_field_is_what_moves_the_output(layers):
     """Oracle: bump one input after the other, see which outputs move; all weights positive."""
-    size, stride, padding = field(layers)
+    size, stride, padding = theory.receptive_field(layers)
     n = size + 4 * stride + 2 * padding
     outputs = torch.eye(n, dtype=torch.float64)[:, None]  # one bump in each row
     for kernel, s, p, d in layers:
@@ -294,72 +186,29 @@ def field_is_what_moves_the_output(field, layers):
     raise AssertionError("no output sees a whole field inside the picture")
 
 
-@given(layer_stacks())
-def test_receptive_field_is_what_moves_the_output(layers):
-    field_is_what_moves_the_output(theory.receptive_field, layers)
-
-
-def field_without_strides(layers):
-    return (1 + sum(d * (k - 1) for k, _, _, d in layers), math.prod(s for _, s, _, _ in layers),
-            sum(p for _, _, p, _ in layers))
-
-
-def field_stride_too_early(layers):
-    size, stride, padding = 1, 1, 0
-    for k, s, p, d in layers:
-        stride *= s
-        size, padding = size + d * (k - 1) * stride, padding + p * stride
-    return size, stride, padding
-
-
-@pytest.mark.parametrize("twin", [field_without_strides, field_stride_too_early])
-def test_wrong_receptive_fields_are_rejected(twin):
-    assert rejected(field_is_what_moves_the_output, twin, [[(3, 2, 1, 1), (3, 2, 1, 1)]])
-
-
-@given(layer_stacks(), layer_stacks())
+@about("receptive_field")
+@given(layer_stacks, layer_stacks)
 def test_two_stacks_are_one(a, b):
     """The stack is a layer: fields of a then b compose as (size, stride, padding) of two layers."""
     first, second = theory.receptive_field(a), theory.receptive_field(b)
-    assert theory.receptive_field(a + b) == theory.receptive_field(
-        [(*first, 1), (*second, 1)])
+    assert theory.receptive_field(a + b) == theory.receptive_field([(*first, 1), (*second, 1)])
 
 
-def transposed_stacks():
-    """Up to four layers; kernels to 5, strides to 4 (also over the kernel), paddings to 3."""
-    return st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3)), max_size=4)
-
-
-def coverage_is_torchs(coverage, layers, n):
+@about("transposed_coverage")
+@given(layer_stacks.map(lambda layers: [layer[:3] for layer in layers]), st.integers(1, 6))
+def test_transposed_coverage_is_torchs(layers, n):
     """Oracle: torch's transposed convolutions with weights 1 of n ones; or nothing is left."""
     x = torch.ones(1, 1, n, dtype=torch.float64)
     for kernel, stride, padding in layers:
         if (x.shape[2] - 1) * stride + kernel <= 2 * padding:
-            with pytest.raises(ValueError, match=re.escape(f"{(kernel, stride, padding)} leaves")):
-                coverage(layers, n)
+            with pytest.raises(ValueError):
+                theory.transposed_coverage(layers, n)
             return
         x = F.conv_transpose1d(x, torch.ones(1, 1, kernel).double(), None, stride, padding)
-    assert coverage(layers, n).tolist() == x[0, 0].tolist()
+    assert theory.transposed_coverage(layers, n).tolist() == x[0, 0].tolist()
 
 
-@given(transposed_stacks(), st.integers(1, 6))
-def test_transposed_coverage_is_torchs(layers, n):
-    coverage_is_torchs(theory.transposed_coverage, layers, n)
-
-
-def coverage_without_gaps(layers, n=1):
-    return original.transposed_coverage([(max(k, s), s, p) for k, s, p in layers], n)
-
-
-def coverage_without_padding(layers, n=1):
-    return original.transposed_coverage([(k, s, 0) for k, s, _ in layers], n)
-
-
-@pytest.mark.parametrize("twin", [coverage_without_gaps, coverage_without_padding])
-def test_wrong_coverages_are_rejected(twin):
-    assert rejected(coverage_is_torchs, twin, ([(1, 1, 2), (1, 2, 1)], 16))
-
-
+@about("covered")
 def test_a_generator_of_the_report_leaves_out_what_the_picture_shows():
     """Odd rows and columns: 10 of 21, 100 of 441 pixels."""
     reached = theory.covered(theory.REPORT_G)
@@ -370,24 +219,26 @@ def test_a_generator_of_the_report_leaves_out_what_the_picture_shows():
 
 def layers_of(modules):
     """(kernel, stride, padding, dilation) of torchvision's convolutions and poolings, in order."""
-    found = [m for m in modules
-             if isinstance(m, (torch.nn.Conv2d, torch.nn.MaxPool2d))]
+    kinds = (torch.nn.Conv2d, torch.nn.MaxPool2d)
     return [tuple(v[0] if isinstance(v, tuple) else v
-                  for v in (m.kernel_size, m.stride, m.padding, m.dilation)) for m in found]
+                  for v in (m.kernel_size, m.stride, m.padding, m.dilation))
+            for m in modules if isinstance(m, kinds)]
 
 
+@about("resnet_50")
 def test_layer_lists_are_torchvisions_networks():
+    """The original ResNet-50, with a stage's stride in the 1x1 before, sees 483."""
     with torch.device("meta"):
         assert layers_of(models.vgg16().features) == theory.VGG_16
         assert layers_of(models.vgg11().features) == theory.VGG_A
-        alexnet = layers_of(models.alexnet().features)
-        resnet = models.resnet50()
+        alexnet, resnet = layers_of(models.alexnet().features), models.resnet50()
     assert [layer[:2] for layer in alexnet] == [layer[:2] for layer in theory.ALEXNET]
     assert theory.receptive_field(alexnet)[0] == 195
-    stem = [resnet.conv1, resnet.maxpool]
     blocks = [m for i in range(1, 5) for block in getattr(resnet, f"layer{i}")
               for m in (block.conv1, block.conv2, block.conv3)]
-    assert theory.receptive_field(layers_of(stem + blocks))[0] == 427
+    found = theory.receptive_field(layers_of([resnet.conv1, resnet.maxpool, *blocks]))
+    assert found == theory.receptive_field(theory.resnet_50("3x3")) and found[0] == 427
+    assert theory.receptive_field(theory.resnet_50("1x1"))[0] == 483
 
 
 # --- convolution -------------------------------------------------------------------------------
@@ -410,33 +261,29 @@ def convolutions(draw):
     return shapes, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
-def conv_gradients_are_autograds(grads, case, seed):
+def by_autograd(x, w, g, kind):
+    x, w = (a.clone().requires_grad_() for a in (x, w))
+    return torch.autograd.grad(F.conv2d(x, w, **kind), (x, w), g)
+
+
+@about("conv2d_grad_input", "conv2d_grad_weight")
+@given(convolutions(), seeds())
+@settings(max_examples=max(200, settings().max_examples))
+def test_convolution_gradients_are_autograds(case, seed):
     """The bound is the same sum over absolute values, times 2 n EPS; n = its number of terms."""
     (x_shape, w_shape), kind = case
-    x, w = normal(seed, *x_shape).requires_grad_(), normal(seed + 1, *w_shape).requires_grad_()
-    y = F.conv2d(x, w, **kind)
-    g = normal(seed + 2, *y.shape)
-    exact = torch.autograd.grad(y, (x, w), g)
-    x, w = x.detach(), w.detach()
-    got = grads(x, w, g, kind)
-    sizes = grads(x.abs(), w.abs(), g.abs(), kind)
+    x, w = normal(seed, *x_shape), normal(seed + 1, *w_shape)
+    g = normal(seed + 2, *F.conv2d(x, w, **kind).shape)
+    got = (theory.conv2d_grad_input(x_shape, w, g, **kind),
+           theory.conv2d_grad_weight(x, w_shape, g, **kind))
     terms = w[:, 0].numel(), g[:, 0].numel()
-    for a, b, size, n in zip(got, exact, sizes, terms):
+    for a, b, size, n in zip(got, by_autograd(x, w, g, kind),
+                             by_autograd(x.abs(), w.abs(), g.abs(), kind), terms):
         assert a.shape == b.shape
         close(a, b, 2 * n * EPS * size)
 
 
-def conv_grads(x, w, g, kind):
-    return (theory.conv2d_grad_input(x.shape, w, g, **kind),
-            theory.conv2d_grad_weight(x, w.shape, g, **kind))
-
-
-@given(convolutions(), seeds())
-@settings(max_examples=max(200, settings().max_examples))
-def test_convolution_gradients_are_autograds(case, seed):
-    conv_gradients_are_autograds(conv_grads, case, seed)
-
-
+@about("conv2d_grad_input", "conv2d_grad_weight", "check_conv", edge=True)
 @pytest.mark.parametrize("x, w, y, kind", [
     ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 2, 2), {}), ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 1), {}),
     ((1, 1, 5, 5), (1, 1, 3, 3), (2, 1, 3, 3), {}), ((1, 1, 5, 5), (1, 1, 3, 3), (1, 2, 3, 3), {}),
@@ -447,73 +294,40 @@ def test_convolution_gradients_are_autograds(case, seed):
     ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 3), dict(dilation=2))])
 def test_convolution_gradients_of_sizes_that_do_not_fit_are_refused(x, w, y, kind):
     """Such as no convolution has: a y of another side, batch, or channels, another x or groups."""
-    shapes = re.escape(f"of {x} with {w} does not give {y}")
-    with pytest.raises(ValueError, match=shapes):
+    with pytest.raises(ValueError):
         theory.conv2d_grad_input(x, torch.ones(w), torch.ones(y), **kind)
-    with pytest.raises(ValueError, match=shapes):
+    with pytest.raises(ValueError):
         theory.conv2d_grad_weight(torch.ones(x), w, torch.ones(y), **kind)
 
 
+@about("conv2d_grad_input", "conv2d_grad_weight", edge=True)
 @given(convolutions(), seeds())
 def test_it_does_not_matter_how_the_tensors_of_a_convolution_lie_in_memory(case, seed):
     (x_shape, w_shape), kind = case
     x, w = normal(seed, *x_shape), normal(seed + 1, *w_shape)
     g = normal(seed + 2, *F.conv2d(x, w, **kind).shape)
-    lying = [a.transpose(2, 3).contiguous().transpose(2, 3) for a in (x, w, g)]
-    for a, b in zip(conv_grads(x, w, g, kind), conv_grads(*lying, kind)):
-        assert_close(a, b, rtol=0, atol=1e4 * EPS)  # the same few hundred terms in another order
-
-
-TWINS = {
-    "kernel not turned": lambda x, w, g, kind: (
-        conv_grads(x, w.flip(2, 3), g, kind)[0], conv_grads(x, w, g, kind)[1]),
-    "weight turned": lambda x, w, g, kind: (
-        conv_grads(x, w, g, kind)[0], conv_grads(x, w, g, kind)[1].flip(2, 3)),
-    "dilation ignored": lambda x, w, g, kind: (
-        F.pad(theory.conv2d_grad_input((*x.shape[:2], *(n - 2 for n in x.shape[2:])), w, g),
-              (0, 2, 0, 2)), conv_grads(x, w, g, kind)[1]),
-    "mean over the batch": lambda x, w, g, kind: (
-        conv_grads(x, w, g, kind)[0], conv_grads(x, w, g / len(x), kind)[1]),
-}
-
-
-@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
-def test_wrong_convolution_gradients_are_rejected(twin):
-    case = ((2, 2, 7, 7), (3, 2, 2, 2)), dict(stride=1, padding=0, dilation=3, groups=1)
-    smaller = ((2, 2, 7, 7), (3, 2, 3, 3)), dict(stride=1, padding=0, dilation=2, groups=1)
-    assert rejected(conv_gradients_are_autograds, twin, (smaller, 0), (case, 0))
+    turned = [a.transpose(2, 3).contiguous().transpose(2, 3) for a in (x, w, g)]
+    grads = [(theory.conv2d_grad_input(x_shape, w, g, **kind),
+              theory.conv2d_grad_weight(x, w_shape, g, **kind))
+             for x, w, g in ((x, w, g), turned)]
+    # the same few hundred terms in another order
+    assert_close(*grads, rtol=0, atol=1e4 * EPS)
 
 
 # --- the other layers --------------------------------------------------------------------------
 
-def dropout_average_is_exact(average, seed, n, p):
+@about("dropout_mask_average", "masks")
+@given(seeds(), st.integers(1, 6), st.floats(0, 0.9))
+def test_dropout_mask_average_is_exact(seed, n, p):
     """E dropout(x) = x and E (Σ dropout(x))² = (Σ x)² + p / (1 - p) Σ x², in closed form."""
     x = normal(seed, n)
     bound = 2 ** n * 4 * n * EPS * (x.abs().sum() / (1 - p)) ** 2 + 4 * n * EPS
-    close(average(x, p), x, bound)
-    close(average(x, p, lambda x: x.sum() ** 2),
+    close(theory.dropout_mask_average(x, p), x, bound)
+    close(theory.dropout_mask_average(x, p, lambda x: x.sum() ** 2),
           x.sum() ** 2 + p / (1 - p) * x.pow(2).sum(), bound)
 
 
-@given(seeds(), st.integers(1, 6), st.floats(0, 0.9))
-def test_dropout_mask_average_is_exact(seed, n, p):
-    dropout_average_is_exact(theory.dropout_mask_average, seed, n, p)
-
-
-def average_without_scale(x, p, f=lambda x: x):
-    return theory.dropout_mask_average(x * (1 - p), p, f)
-
-
-def average_of_equal_masks(x, p, f=lambda x: x):
-    masks = itertools.product((0, 1), repeat=len(x))
-    return sum(f(x * torch.tensor(m) / (1 - p)) for m in masks) / 2 ** len(x)
-
-
-@pytest.mark.parametrize("twin", [average_without_scale, average_of_equal_masks])
-def test_wrong_dropout_averages_are_rejected(twin):
-    assert rejected(dropout_average_is_exact, twin, (0, 3, 0.3))
-
-
+@about("self_attention")
 @given(seeds(), st.integers(1, 6), st.integers(1, 5))
 def test_self_attention_is_torchs(seed, n, d):
     x, *w = normal(seed, n, d), *normal(seed + 1, 3, d, d)
@@ -525,51 +339,29 @@ def test_self_attention_is_torchs(seed, n, d):
     close(theory.self_attention(x, *w)[0], expected, bound)
 
 
+@about("dice_from_iou")
 @given(st.sets(st.integers(0, 12), min_size=1), st.sets(st.integers(0, 12), min_size=1))
 def test_dice_from_iou_counts_right(a, b):
     dice = theory.dice_from_iou(len(a & b) / len(a | b))
     assert_close(dice, 2 * len(a & b) / (len(a) + len(b)), rtol=4 * EPS, atol=0)
 
 
-def average_precision_is_an_integral(average_precision, hits, objects):
-    """Recall r needs the first ⌈r objects⌉ hits: at the middle of each step, exactly computed."""
-    places = [place for place, hit in enumerate(hits, 1) if hit]
-    steps = [number / place for number, place in enumerate(places, 1)]
-    expected = math.fsum(steps) / objects
-    assert_close(average_precision(hits, objects), expected, rtol=4 * (len(hits) + 1) * EPS, atol=0)
-
-
+@about("average_precision")
 @given(st.lists(st.booleans(), max_size=20), st.integers(0, 5))
 def test_average_precision_is_an_integral(hits, missed):
-    average_precision_is_an_integral(theory.average_precision, hits, max(1, sum(hits) + missed))
-
-
-def test_average_precision_is_1_only_if_all_objects_are_found_first():
-    assert theory.average_precision([True, True, False], 2) == 1
-    assert theory.average_precision([True, True, False], 3) < 1
-    assert theory.average_precision([True, False, True], 2) < 1
-    for hits, objects in (([True, True], 1), ([], 0), ([False], -1)):
-        with pytest.raises(ValueError, match="hits on"):
-            theory.average_precision(hits, objects)
-
-
-def precision_of_the_hits(hits, objects):
-    return original.average_precision(hits, max(1, sum(hits)))
-
-
-def precision_everywhere(hits, objects):
-    found = torch.as_tensor(hits).cumsum(0)
-    return (found / torch.arange(1, len(hits) + 1)).double().mean().item()
-
-
-@pytest.mark.parametrize("twin", [precision_of_the_hits, precision_everywhere])
-def test_wrong_average_precisions_are_rejected(twin):
-    assert rejected(average_precision_is_an_integral, twin, ([True, False, True, False], 4))
+    """Recall r needs the first ⌈r objects⌉ hits: at the middle of each step, exactly computed."""
+    objects = max(1, sum(hits) + missed)
+    places = [place for place, hit in enumerate(hits, 1) if hit]
+    expected = math.fsum(number / place for number, place in enumerate(places, 1)) / objects
+    assert_close(theory.average_precision(hits, objects), expected,
+                 rtol=4 * (len(hits) + 1) * EPS, atol=0)
 
 
 # --- optimisation ------------------------------------------------------------------------------
 
-def mlp_gradients_are_autograds(grads, seed, sizes, lam):
+@about("mlp_grads", "mlp_loss")
+@given(seeds(), st.tuples(*4 * [st.integers(1, 6)]), st.floats(0, 2))
+def test_mlp_gradients_are_autograds(seed, sizes, lam):
     """Forward errors n EPS Σ |terms| go through the sigmoid (less) and back through |W|."""
     b, d, h, k = sizes
     x, y = normal(seed, b, d), torch.rand(b, k, generator=generator(seed), dtype=torch.float64)
@@ -591,56 +383,25 @@ def mlp_gradients_are_autograds(grads, seed, sizes, lam):
         bounds = {"x": d_a1 @ w1.abs(), "W1": d_a1.T @ x.abs() + b * k * lam * w1.abs(),
                   "b1": d_a1.sum(0), "W2": d_a2.T @ size_a1 + b * k * lam * w2.abs(),
                   "b2": d_a2.sum(0)}
-        got = grads(x, y, w1, b1, w2, b2, lam)
+        got = theory.mlp_grads(x, y, w1, b1, w2, b2, lam)
         assert got.keys() == exact.keys()
         for name in exact:
             close(got[name], exact[name], 4 * (b + d + h + k) * EPS * bounds[name] / (b * k))
 
 
-sizes = st.tuples(*4 * [st.integers(1, 6)])
-
-
-@given(seeds(), sizes, st.floats(0, 2))
-def test_mlp_gradients_are_autograds(seed, sizes, lam):
-    mlp_gradients_are_autograds(theory.mlp_grads, seed, sizes, lam)
-
-
-def mlp_wrong_regulariser(x, y, w1, b1, w2, b2, lam):
-    grads = original.mlp_grads(x, y, w1, b1, w2, b2, 0)
-    return {**grads, "W1": grads["W1"] + lam * w1.norm(), "W2": grads["W2"] + lam * w2.norm()}
-
-
-def mlp_sum_over_the_batch(x, *rest):
-    return {name: g * len(x) for name, g in original.mlp_grads(x, *rest).items()}
-
-
-def mlp_without_a_sigmoid(x, y, w1, b1, w2, b2, lam):
-    """Squared error of the output itself: ∂a2 = a2 - y."""
-    a2 = (x @ w1.T + b1).clamp(min=0) @ w2.T + b2
-    return original.mlp_grads(x, y + a2.sigmoid() - a2, w1, b1, w2, b2, lam)
-
-
-@pytest.mark.parametrize("twin", [mlp_wrong_regulariser, mlp_sum_over_the_batch,
-                                  mlp_without_a_sigmoid])
-def test_wrong_mlp_gradients_are_rejected(twin):
-    assert rejected(mlp_gradients_are_autograds, twin, (0, (4, 3, 5, 3), 0.5))
-
-
-def differences_are_the_gradient(differences, seed, n, eps):
+@about("numeric_grad")
+@given(seeds(), st.integers(1, 8), st.floats(1e-7, 1e-2))
+def test_numeric_gradient_is_the_gradient(seed, n, eps):
     """f = Σ a sin(b x): the error is at most eps² |f'''| / 6 and the rounding of f and of x ± eps
     over eps; f''' = -a b³ cos, at most |a b³|."""
     a, b, x = normal(seed, 3, n)
-    got = differences(lambda x: (a * (b * x).sin()).sum(), x, eps)
+    got = theory.numeric_grad(lambda x: (a * (b * x).sin()).sum(), x, eps)
     cut = eps ** 2 / 6 * (a * b ** 3).abs()
     rounding = 4 * EPS * (n * a.abs().sum() + (a * b).abs() * (x.abs() + 1)) / eps
     close(got, a * b * (b * x).cos(), cut + rounding)
 
 
-@given(seeds(), st.integers(1, 8), st.floats(1e-7, 1e-2))
-def test_numeric_gradient_is_the_gradient(seed, n, eps):
-    differences_are_the_gradient(theory.numeric_grad, seed, n, eps)
-
-
+@about("numeric_grad", edge=True)
 @given(seeds(), st.sampled_from(["transposed", "channels last", "expanded", "0-d", "learned"]))
 def test_numeric_gradient_takes_tensors_however_they_lie_in_memory(seed, how):
     x = {"transposed": lambda: normal(seed, 3, 2).T, "0-d": lambda: normal(seed, 1)[0],
@@ -653,12 +414,6 @@ def test_numeric_gradient_takes_tensors_however_they_lie_in_memory(seed, how):
     close(got, x.detach().cos(), 1e-11 + 4 * EPS * x.numel() / 6e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_numeric_gradient_refuses_what_rounds_the_step_away(dtype):
-    with pytest.raises(ValueError, match="float64"):
-        theory.numeric_grad(lambda x: (x ** 2).sum(), torch.tensor([3, 4], dtype=dtype))
-
-
 def test_the_steps_of_momentum_are_those_of_its_formula():
     """newton_ravine's docstring: √κ / 2 log(1/ε) = 218, and 103 more."""
     expected = 1000 ** 0.5 / 2 * math.log(1e6)
@@ -666,105 +421,58 @@ def test_the_steps_of_momentum_are_those_of_its_formula():
     assert theory.newton_ravine()[1].startswith(f"momentum {218 + 103}, ")
 
 
-def forward_differences(f, x, eps):
-    return torch.stack([(f(x + eps * one) - f(x)) / eps for one in torch.eye(len(x)).to(x)])
-
-
-def without_the_two(f, x, eps):
-    return 2 * theory.numeric_grad(f, x, eps)
-
-
-@pytest.mark.parametrize("twin", [forward_differences, without_the_two])
-def test_wrong_differences_are_rejected(twin):
-    assert rejected(differences_are_the_gradient, twin, (0, 4, 1e-4))
-
-
-def truncation_cuts_the_gradient(net, seed, t, s, h):
+@about("rnn")
+@given(seeds(), st.integers(2, 6), st.integers(1, 6), st.integers(1, 4))
+def test_truncation_cuts_the_gradient_and_only_the_gradient(seed, t, s, h):
     """The state is that of torch's RNN; the gradient is zero for all inputs but the last s, and
     that of the last s steps from the state before them, a constant."""
+    s = min(s, t)
     x, w_x = normal(seed, t, 3).requires_grad_(), normal(seed + 1, h, 3)
     w_h = normal(seed + 2, h, h)
     torchs = torch.nn.RNN(3, h, bias=False, dtype=torch.float64)
     torchs.weight_ih_l0.data, torchs.weight_hh_l0.data = w_x, w_h
     early = torchs(x[:-s])[1].detach() if s < t else torch.zeros(1, h, dtype=torch.float64)
     last = torchs(x[-s:], early)[1][0]
-    got = net(x, w_x, w_h, s)
+    got = theory.rnn(x, w_x, w_h, s)
     bound = 4 * (h + 3) * t * EPS * (1 + w_h.abs().sum(1).max()) ** t * (1 + w_x.abs().sum())
     close(got, last.detach(), bound)
     (exact,), (cut,) = (torch.autograd.grad(out.sum(), x) for out in (last, got))
     close(cut, exact, 10 * bound * (1 + w_x.abs().sum()))
     assert (cut[:-s] == 0).all()
     if s < t:
-        assert (torch.autograd.grad(net(x, w_x, w_h).sum(), x)[0][:-s] != 0).any()
+        assert (torch.autograd.grad(theory.rnn(x, w_x, w_h).sum(), x)[0][:-s] != 0).any()
 
 
-@given(seeds(), st.integers(2, 6), st.integers(1, 6), st.integers(1, 4))
-def test_truncation_cuts_the_gradient_and_only_the_gradient(seed, t, s, h):
-    truncation_cuts_the_gradient(theory.rnn, seed, t, min(s, t), h)
-
-
-@pytest.mark.parametrize("twin", [
-    lambda x, w_x, w_h, s=None: theory.rnn(x, w_x, w_h),
-    lambda x, w_x, w_h, s=None: theory.rnn(x, w_x, w_h, s and s + 1),
-    lambda x, w_x, w_h, s=None: theory.rnn(x[-s:] if s else x, w_x, w_h)])
-def test_wrong_truncations_are_rejected(twin):
-    assert rejected(truncation_cuts_the_gradient, twin, (0, 5, 2, 3))
-
-
-def ridge_is_the_least(solve, seed, n, d, lam):
+@about("ridge")
+@given(seeds(), st.integers(1, 8), st.integers(1, 4), st.floats(0.01, 10))
+def test_ridge_is_the_least(seed, n, d, lam):
     """|x w - y|² + λ |w|² is the square of one longer system of equations, which lstsq solves."""
     x, y = normal(seed, n, d), normal(seed + 1, n)
     longer = torch.cat([x, lam ** 0.5 * torch.eye(d, dtype=torch.float64)])
     w = torch.linalg.lstsq(longer, torch.cat([y, torch.zeros(d, dtype=torch.float64)])).solution
     # the normal equations lose the square of the condition number
     bound = 20 * (n + d) * EPS * torch.linalg.cond(longer) ** 2 * (1 + w.norm() + y.norm())
-    close(solve(x, y, lam), w, bound)
+    close(theory.ridge(x, y, lam), w, bound)
 
 
-@given(seeds(), st.integers(1, 8), st.integers(1, 4), st.floats(0.01, 10))
-def test_ridge_is_the_least(seed, n, d, lam):
-    ridge_is_the_least(theory.ridge, seed, n, d, lam)
-
-
-@pytest.mark.parametrize("twin", [lambda x, y, lam: theory.ridge(x, y, 2 * lam),
-                                  lambda x, y, lam: theory.ridge(x, y, 0)])
-def test_wrong_ridges_are_rejected(twin):
-    assert rejected(ridge_is_the_least, twin, (0, 6, 3, 0.5))
-
-
-def noise_parts_are_those_of_squares(parts, seed, b, d):
+@about("noise_parts")
+@given(seeds(), st.integers(1, 4), st.integers(1, 4))
+def test_noise_parts_are_those_of_squares(seed, b, d):
     """D = xᵀA x / 2 and L = u D² + v D: half of 2 u |A x|² and half of (2 u D + v) tr A."""
     x, a, (u, v) = normal(seed, b, d), normal(seed + 1, d, d), normal(seed + 2, 2)
     a = a + a.T
     D = torch.einsum("bi,ij,bj->b", x, a, x) / 2
-    got = parts(lambda y: u * y ** 2 + v * y, lambda x: x @ a @ x / 2, x)
+    got = theory.noise_parts(lambda y: u * y ** 2 + v * y, lambda x: x @ a @ x / 2, x)
     size = (1 + x.abs().sum()) ** 2 * (1 + a.abs().sum()) ** 2 * (1 + u.abs() + v.abs())
     close(got[0], u * (x @ a).pow(2).sum(1), 8 * d * EPS * size)
     close(got[1], (2 * u * D + v) * a.trace() / 2, 8 * d * EPS * size)
 
 
-@given(seeds(), st.integers(1, 4), st.integers(1, 4))
-def test_noise_parts_are_those_of_squares(seed, b, d):
-    noise_parts_are_those_of_squares(theory.noise_parts, seed, b, d)
+# --- flows and autoencoders --------------------------------------------------------------------
 
-
-def only_a_penalty(loss, D, x):
-    penalty, rest = original.noise_parts(loss, D, x)
-    return penalty, 0 * rest
-
-
-def whole_parts(loss, D, x):
-    return [2 * part for part in original.noise_parts(loss, D, x)]
-
-
-@pytest.mark.parametrize("twin", [only_a_penalty, whole_parts])
-def test_wrong_noise_parts_are_rejected(twin):
-    assert rejected(noise_parts_are_those_of_squares, twin, (0, 2, 3))
-
-
-# --- generative models -------------------------------------------------------------------------
-
-def log_prob_is_the_jacobians(log_prob, seed, d, depth):
+@about("coupling_log_prob", "random_coupling")
+@given(seeds(), st.integers(2, 5), st.integers(0, 5))
+def test_coupling_density_is_the_jacobians(seed, d, depth):
     """log N(z) - log |det ∂M/∂z| with M from z to x written again and its Jacobian by autograd."""
     torch.manual_seed(seed)
     layers, z = theory.random_coupling(d, depth), normal(seed, d)
@@ -780,29 +488,27 @@ def log_prob_is_the_jacobians(log_prob, seed, d, depth):
                 - torch.linalg.slogdet(jacobian).logabsdet.item())
     # going back divides by scales of e^-1/2 to e^1/2: errors of x grow by the Jacobian's condition
     bound = 100 * d * (depth + 1) * EPS * torch.linalg.cond(jacobian) * (1 + z.abs().max()) ** 2
-    close(log_prob(M(z)[None], layers)[0], expected, bound)
+    close(theory.coupling_log_prob(M(z)[None], layers)[0], expected, bound)
 
 
-@given(seeds(), st.integers(2, 5), st.integers(0, 5))
-def test_coupling_density_is_the_jacobians(seed, d, depth):
-    log_prob_is_the_jacobians(theory.coupling_log_prob, seed, d, depth)
+@about("kl_standard_normal", "log_normal", "random_covariance")
+@given(seeds(), st.integers(1, 5))
+def test_normals_are_torchs_and_their_kl_is_zero_only_at_the_prior(seed, d):
+    torch.manual_seed(seed)
+    mu, x, sigma = normal(seed, d), normal(seed + 1, d), theory.random_covariance(d)
+    assert sigma.allclose(sigma.T) and torch.linalg.eigvalsh(sigma)[0] > 0.1 - 100 * d * EPS
+    one = torch.eye(d, dtype=torch.float64)
+    q, p = (torch.distributions.MultivariateNormal(m, s) for m, s in ((mu, sigma), (0 * mu, one)))
+    # eigenvalues of 0.1 and more: the Cholesky factors lose a condition number
+    bound = 20 * d * EPS * torch.linalg.cond(sigma) * (1 + sigma.trace() + mu @ mu)
+    kl = theory.kl_standard_normal(mu, sigma)
+    close(kl, torch.distributions.kl_divergence(q, p), bound)
+    close(theory.kl_standard_normal(0 * mu, one), 0, 8 * d * EPS)
+    close(theory.log_normal(x, mu, sigma), q.log_prob(x), 10 * bound * (1 + x @ x))
+    assert kl > 0
 
 
-def log_prob_other_sign(x, layers):
-    inside = theory.coupling_log_prob(x, [(m, lambda k: 0 * k, lambda k: 0 * k)
-                                          for m, _, _ in layers])
-    return 2 * inside - theory.coupling_log_prob(x, layers)
-
-
-def log_prob_wrong_order(x, layers):
-    return theory.coupling_log_prob(x, layers[::-1])
-
-
-@pytest.mark.parametrize("twin", [log_prob_other_sign, log_prob_wrong_order])
-def test_wrong_coupling_densities_are_rejected(twin):
-    assert rejected(log_prob_is_the_jacobians, twin, (0, 3, 3))
-
-
+@about("best_linear_vae", "linear_elbo")
 @given(st.floats(0.1, 4), st.floats(0.1, 4))
 def test_the_best_linear_vae_explains_what_exceeds_the_noise(variance, v):
     """w² = λ - v, to a step of its grid, as the ELBO has one maximum."""
@@ -812,120 +518,12 @@ def test_the_best_linear_vae_explains_what_exceeds_the_noise(variance, v):
     assert_close(kl, expected, rtol=0, atol=100 * EPS)
 
 
-def smoothed_d_is_the_best(best, seed, real, fake):
-    """In the logit a the loss is a (p (1 - real) + q (1 - fake)) + (p + q) log(1 + e^-a), convex:
-    its slope there is 0."""
-    p, q = normal(seed, 2, 5).softmax(1)
-    D = best(p, q, real, fake)
-    slope = (p * (1 - real) + q * (1 - fake)) - (p + q) * (1 - D)
-    close(slope, 0, 8 * EPS)
+# --- GANs --------------------------------------------------------------------------------------
 
-
-@given(seeds(), st.floats(0, 1), st.floats(0, 1))
-def test_smoothed_d_is_the_best(seed, real, fake):
-    smoothed_d_is_the_best(theory.smoothed_d, seed, real, fake)
-
-
-@pytest.mark.parametrize("twin", [lambda p, q, real, fake: real * p / (p + q),
-                                  lambda p, q, real, fake: p / (p + q)])
-def test_wrong_smoothed_ds_are_rejected(twin):
-    assert rejected(smoothed_d_is_the_best, twin, (0, 0.9, 0.1))
-
-
-def variance_is_the_integral(variance, limit):
-    """Oracle: Gauss-Legendre with 100 nodes, exact to rounding for limits up to 8; values in [0, 1]
-    come from 1 - (a number below 1), so they carry a few EPS absolutely."""
-    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
-    close(variance(limit), (density * (limit * NODES) ** 2).sum() / density.sum(), 100 * EPS)
-
-
-@given(st.floats(0.05, 8))
-def test_truncated_variance_is_the_integral(limit):
-    variance_is_the_integral(theory.truncated_normal_variance, limit)
-
-
-@given(st.floats(1e-150, 1))
-def test_truncated_variance_of_small_limits_keeps_its_digits(limit):
-    """The same integral by a relative bound: it is the variance of a uniform law, limit² / 3."""
-    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
-    expected = limit ** 2 * ((density * NODES ** 2).sum() / density.sum())
-    assert_close(theory.truncated_normal_variance(limit), float(expected), rtol=100 * EPS, atol=0)
-
-
-def test_truncated_variance_rises_to_1_without_a_limit():
-    limits = [1 - 1e-9, 1.0, 1 + 1e-9, 2.0, 8.0, 38.0, 40.0, 1e200, math.inf]
-    found = [theory.truncated_normal_variance(limit) for limit in limits]
-    assert found == sorted(found) and found[-4:] == 4 * [1.0]
-    for limit in (0.0, -1.0, -math.inf, math.nan):
-        with pytest.raises(ValueError, match="nothing lies"):
-            theory.truncated_normal_variance(limit)
-
-
-@pytest.mark.parametrize("twin", [lambda t: 1.0, lambda t: 1 - 2 * t * math.exp(-t * t / 2)
-                                  / math.sqrt(2 * math.pi) / (1 + math.erf(t / 2 ** 0.5))])
-def test_wrong_truncated_variances_are_rejected(twin):
-    assert rejected(variance_is_the_integral, twin, (1.0,))
-
-
-def merge_is_the_joined_batch(merge, seed, counts):
-    """Variances are of numbers near offset: their rounding is that of the squares."""
-    parts = [3 * i + normal(seed + i, n, 2) for i, n in enumerate(counts)]
-    joined = torch.cat(parts)
-    means = [p.mean(0) for p in parts]
-    variances = [((p - m) ** 2).mean(0) for p, m in zip(parts, means)]
-    mean, variance = merge(torch.tensor(counts).double(), torch.stack(means),
-                           torch.stack(variances))
-    bound = 8 * len(joined) * EPS * joined.abs().max() ** 2 + 8 * len(joined) * EPS
-    close(mean, joined.mean(0), bound)
-    close(variance, joined.var(0, correction=0), bound)
-
-
-@given(seeds(), st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_merged_statistics_are_those_of_the_joined_batch(seed, counts):
-    merge_is_the_joined_batch(theory.merge_batch_statistics, seed, counts)
-
-
-@given(seeds(), st.lists(st.integers(0, 3), min_size=1, max_size=5).filter(any),
-       st.sampled_from([torch.float64, torch.float32, torch.int64]))
-def test_empty_parts_have_no_say(seed, counts, dtype):
-    """Their own mean is nan. Counts may be whole numbers, and lose no digits of the means."""
-    merge_is_the_joined_batch(lambda n, m, v: theory.merge_batch_statistics(n.to(dtype), m, v),
-                              seed, counts)
-
-
-def test_a_merge_of_nothing_and_of_other_sizes_is_refused():
-    numbers = torch.zeros(2, 3)
-    for counts, means, variances in ((torch.zeros(2), numbers, numbers),
-                                     (torch.ones(3), numbers, numbers),
-                                     (torch.ones(2), numbers[:, 0], numbers[:, 0]),
-                                     (torch.ones(2), numbers, numbers[:, :1])):
-        with pytest.raises(ValueError, match="empty|do not fit"):
-            theory.merge_batch_statistics(counts, means, variances)
-
-
-@pytest.mark.parametrize("twin", [
-    lambda n, m, v: (theory.merge_batch_statistics(n, m, v)[0], v.mean(0)),
-    lambda n, m, v: theory.merge_batch_statistics(torch.ones_like(n), m, v)])
-def test_wrong_merges_are_rejected(twin):
-    assert rejected(merge_is_the_joined_batch, twin, (0, [2, 5, 3]))
-
-
-@given(seeds(), st.integers(1, 5))
-def test_kl_is_torchs_and_zero_only_at_the_prior(seed, d):
-    torch.manual_seed(seed)
-    mu, sigma = normal(seed, d), theory.random_covariance(d)
-    normals = torch.distributions.MultivariateNormal
-    expected = torch.distributions.kl_divergence(normals(mu, sigma), normals(0 * mu, torch.eye(d)
-                                                                             .double()))
-    kl = theory.kl_standard_normal(mu, sigma)
-    # eigenvalues of 0.1 and more: the Cholesky factors lose a condition number
-    close(kl, expected, 20 * d * EPS * torch.linalg.cond(sigma) * (1 + sigma.trace() + mu @ mu))
-    assert kl > 0 == theory.kl_standard_normal(0 * mu, torch.eye(d).double())
-
-
-@given(seeds(), st.integers(1, 8), st.booleans())
-def test_jensen_shannon_is_symmetric_and_between_zero_and_log_two(seed, n, sharp):
-    p, q = ((30 if sharp else 1) * normal(seed, 2, n)).softmax(1)
+@about("jensen_shannon")
+@given(seeds(), st.integers(1, 8), st.sampled_from([1, 30]))
+def test_jensen_shannon_is_symmetric_and_between_zero_and_log_two(seed, n, sharpness):
+    p, q = (sharpness * normal(seed, 2, n)).softmax(1)
     jsd, m = theory.jensen_shannon(p, q), (p + q) / 2
     by_torch = (F.kl_div(m.log(), p, reduction="sum") + F.kl_div(m.log(), q, reduction="sum")) / 2
     close(jsd, by_torch, 20 * n * EPS * (1 + m.log().abs().max()))
@@ -933,26 +531,7 @@ def test_jensen_shannon_is_symmetric_and_between_zero_and_log_two(seed, n, sharp
     assert -4 * n * EPS <= jsd <= math.log(2) + 4 * n * EPS
 
 
-@given(seeds(), st.integers(1, 5))
-def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
-    x, y = normal(seed, 2, n)
-    cheapest = min((x - y[list(order)]).abs().mean() for order in itertools.permutations(range(n)))
-    close(theory.wasserstein_1d(x, y), cheapest, 4 * n * EPS * (x.abs() + y.abs()).max())
-
-
-@pytest.mark.parametrize("x, y", [((3, 1), (3, 1)), ((3,), (1,)), ((3,), (3, 1)), ((0,), (0,))])
-def test_distances_and_games_of_other_sizes_are_refused(x, y):
-    """A column would not be sorted, and one number is compared with all."""
-    x, y = torch.ones(x), torch.ones(y)
-    functions = [theory.wasserstein_1d]
-    if x.shape != y.shape:
-        functions += [theory.jensen_shannon, lambda x, y: theory.gan_value(x, x, y),
-                      lambda x, y: theory.gan_value(x, y, y)]
-    for function in functions:
-        with pytest.raises(ValueError, match=rf"\({x.shape[0]},.*\({y.shape[0]},"):
-            function(x, y)
-
-
+@about("gan_value", "jensen_shannon")
 @given(seeds(), st.integers(1, 4), st.integers(1, 4))
 def test_a_sure_d_has_value_0_where_supports_are_apart(seed, n, m):
     """2 JSD - log 4 = 0: nothing is mistaken, and 0 log 0 is 0."""
@@ -962,44 +541,118 @@ def test_a_sure_d_has_value_0_where_supports_are_apart(seed, n, m):
     close(theory.jensen_shannon(p, q), math.log(2), 8 * (n + m) * EPS)
 
 
-def test_entropy_of_a_sure_answer_is_0_and_of_no_probability_refused():
+@about("binary_entropy")
+def test_entropy_of_a_sure_answer_is_0():
     assert theory.binary_entropy(0.0) == theory.binary_entropy(1.0) == theory.binary_entropy(1) == 0
-    for p in (-0.1, 1.1):
-        with pytest.raises(ValueError):
-            theory.binary_entropy(p)
 
 
-def largest_root(trace, determinant):
-    """Modulus of the larger root of λ² - trace λ + determinant."""
-    root = cmath.sqrt(trace ** 2 / 4 - determinant)
-    return max(abs(trace / 2 + root), abs(trace / 2 - root))
+@about("smoothed_d")
+@given(seeds(), st.floats(0, 1), st.floats(0, 1))
+def test_smoothed_d_is_the_best(seed, real, fake):
+    """In the logit a the loss is a (p (1 - real) + q (1 - fake)) + (p + q) log(1 + e^-a), convex:
+    its slope there is 0."""
+    p, q = normal(seed, 2, 5).softmax(1)
+    D = theory.smoothed_d(p, q, real, fake)
+    slope = (p * (1 - real) + q * (1 - fake)) - (p + q) * (1 - D)
+    close(slope, 0, 8 * EPS)
 
 
-@given(st.floats(0.001, 3), st.integers(0, 8))
-def test_growth_in_the_bilinear_game(eta, k):
-    """From the steps written out; alternating steps, too, run away once η > 2."""
-    square = eta ** 2
-    for expected, got in (
-            (largest_root(2 - 2 * k * square, 1 - (2 * k - 1) * square),
-             theory.bilinear_growth(eta, k)),
-            (largest_root(2 - k * square, 1 - (k - 1) * square),
-             theory.bilinear_growth(eta, k, exact=False)),
-            (largest_root(2 - (2 * k + 1) * square, 1 - 2 * k * square),
-             theory.bilinear_growth(eta, k, alternating=True)),
-            (largest_root(2 - (k + 1) * square, 1 - k * square),
-             theory.bilinear_growth(eta, k, exact=False, alternating=True))):
-        assert_close(got, expected, rtol=1e-6, atol=0)  # √EPS and more where two roots meet
+def bilinear_map(eta, k=0, exact=True, alternating=False, r1=0.0):
+    """The matrix of a step, by hand: c = 1 - η r1, y_k = c^k y + S x, S = η (1 + c + ... c^(k-1)).
+
+    x y_k has the slope c^k y + 2 S x if the gradient goes back through y_k, else c^k y + S x."""
+    c = 1 - eta * r1
+    slope = (2 if exact else 1) * eta * sum(c ** j for j in range(k))
+    x_row = np.array([1 - eta * slope, -eta * c ** k])
+    return np.array([x_row, eta * (x_row if alternating else np.array([1, 0])) + [0, c]])
 
 
-@given(seeds(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50))
-def test_power_iteration_stays_below_the_largest_singular_value(seed, rows, columns, n_iter):
-    w, u = normal(seed, rows, columns), F.normalize(normal(seed + 1, rows), dim=0)
-    largest = torch.linalg.svdvals(w)[0]
-    sigma = [theory.power_iteration(w, n, u) for n in (n_iter, n_iter + 1)]
-    rounding = 20 * (rows + columns) * EPS * largest
-    assert sigma[0] <= sigma[1] + rounding <= largest + 2 * rounding
+@about("bilinear_step", "bilinear_growth", "growth")
+@given(seeds(), st.floats(0.001, 3), st.integers(0, 8), st.booleans(), st.booleans(),
+       st.floats(0, 0.6))
+def test_steps_of_the_bilinear_game_are_those_written_out(seed, eta, k, exact, alternating, r1):
+    """Alternating steps, too, run away once η > 2. With r1 up to 0.6, |c| stays under 1."""
+    kind = dict(k=k, exact=exact, alternating=alternating, r1=r1)
+    state, by_hand = normal(seed, 2), bilinear_map(eta, **kind)
+    size = 3 ** k * (1 + eta) ** 4 * state.abs().sum()  # (1 + η r1)^k <= 3^k
+    close(torch.stack(theory.bilinear_step(*state, eta, **kind)), by_hand @ state.numpy(),
+          20 * EPS * size)
+    expected = float(np.abs(np.linalg.eigvals(by_hand)).max())
+    # where two eigenvalues meet, half of the digits are lost
+    assert_close(theory.bilinear_growth(eta, **kind), expected, rtol=1e-6, atol=0)
 
 
+@about("bilinear_step")
+@given(seeds(), st.floats(0.01, 1), st.integers(1, 8), st.booleans())
+def test_r1_of_weight_2_k_eta_damps_as_k_unrolled_steps(seed, eta, k, alternating):
+    """Cayley, Hamilton: a matrix is a root of its characteristic polynomial, here of the map of k
+    exactly unrolled steps. In the plane no other quadratic λ² + ... makes 0 of z_2, z_1, z_0."""
+    polynomial = np.poly(bilinear_map(eta, k=k, alternating=alternating))
+    start = normal(seed, 2)
+    rounding = 100 * EPS * (4 + 4 * k * eta ** 2) ** 2 * start.abs().sum()  # of two such maps
+    for kind in (dict(k=k), dict(r1=2 * k * eta)):
+        path = [tuple(start)]
+        for _ in range(2):
+            path.append(theory.bilinear_step(*path[-1], eta, alternating=alternating, **kind))
+        close(sum(a * torch.stack(z) for a, z in zip(polynomial, path[::-1])), 0, rounding)
+
+
+def trajectory(eta, momentum, alternating, n):
+    """The game's points in n steps from (1, 0), in Python's floats and by velocities, v <- m v +
+    gradient step, which start at 0."""
+    (x, y), v_x, v_y = (1.0, 0.0), 0.0, 0.0
+    path = [(x, y)]
+    for _ in range(n):
+        v_x = momentum * v_x - eta * y
+        v_y = momentum * v_y + eta * (x + v_x if alternating else x)
+        x, y = x + v_x, y + v_y
+        path.append((x, y))
+    return path
+
+
+@about("momentum_step")
+@given(st.floats(0.01, 1), MOMENTA, st.booleans())
+def test_momentum_moves_by_velocities(eta, momentum, alternating):
+    """Rounding grows less than 7 times a step: 1 + η + 2 |m| for x, and that again for y."""
+    path = torch.tensor(trajectory(eta, momentum, alternating, 8), dtype=torch.float64)
+    state = [*path[0], *path[0]]
+    for n in range(1, 9):
+        state = theory.momentum_step(*state, eta, momentum, alternating)
+        close(torch.stack(state), torch.cat([path[n], path[n - 1]]), 10 * EPS * 7 ** n)
+
+
+@about("momentum_growth", "momentum_step", "growth")
+@given(st.floats(0.01, 1), MOMENTA, st.booleans())
+def test_growth_with_momentum_is_the_largest_root(eta, momentum, alternating):
+    """For x_n = X λ^n and y_n = Y λ^n the steps say: (λ - 1)(λ - m) X = -η λ Y, and
+    (λ - 1)(λ - m) Y = η λ² X in turn, η λ X at once. Multiply both: ((λ - 1)(λ - m))² = -η² λ³ in
+    turn, -η² λ² at once."""
+    polynomial = np.poly([1, 1, momentum, momentum])
+    polynomial[1 if alternating else 2] += eta ** 2
+    largest = float(np.abs(np.roots(polynomial)).max())
+    # where two roots meet, as the 0s of m = 0 do, half of the digits are lost
+    assert_close(theory.momentum_growth(eta, momentum, alternating), largest, rtol=1e-6, atol=0)
+
+
+@about("momentum_growth", "momentum_step", "growth")
+@given(st.floats(0.05, 0.5), MOMENTA, st.booleans())
+def test_growth_with_momentum_is_that_of_a_trajectory(eta, momentum, alternating):
+    """From step 500 to 1000. The points go round an ellipse whose axes differ less than 12 times:
+    the 500th root of that is within 5e-3 of 1."""
+    path = trajectory(eta, momentum, alternating, 1000)
+    measured = (math.hypot(*path[1000]) / math.hypot(*path[500])) ** (1 / 500)
+    assert_close(theory.momentum_growth(eta, momentum, alternating), measured, rtol=5e-3, atol=0)
+
+
+@about("wasserstein_1d")
+@given(seeds(), st.integers(1, 5))
+def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
+    x, y = normal(seed, 2, n)
+    cheapest = min((x - y[list(order)]).abs().mean() for order in itertools.permutations(range(n)))
+    close(theory.wasserstein_1d(x, y), cheapest, 4 * n * EPS * (x.abs() + y.abs()).max())
+
+
+@about("gradient_penalty")
 @given(seeds(), st.integers(1, 4), st.integers(1, 5))
 def test_gradient_penalty_of_a_quadratic_critic(seed, b, d):
     """f(x) = xᵀA x / 2 with symmetric A has the gradient A x."""
@@ -1015,11 +668,13 @@ def test_gradient_penalty_of_a_quadratic_critic(seed, b, d):
           (6 ** 0.5 * w.norm() - 1) ** 2, 20 * (b + d) * EPS * (1 + 6 * w @ w))
 
 
-def penalty_trains_the_critic(penalty, seed, b, d):
+@about("gradient_penalty")
+@given(seeds(), st.integers(1, 4), st.integers(1, 5))
+def test_gradient_penalty_trains_the_critic(seed, b, d):
     """f(x) = |x|²/2 + w.x has the gradient x + w: the penalty's in w is the mean of
     2 (1 - 1/|x + w|)(x + w). It divides by |x + w|, whose rounding is that of |x| + |w|."""
     x, w = normal(seed, b, d), normal(seed + 1, d).requires_grad_()
-    value = penalty(lambda x: (x ** 2).sum(1) / 2 + x @ w, x)
+    value = theory.gradient_penalty(lambda x: (x ** 2).sum(1) / 2 + x @ w, x)
     assert value.requires_grad, "no graph leads back to the critic"
     got, = torch.autograd.grad(value, w)
     slope = (x + w).detach()
@@ -1028,65 +683,19 @@ def penalty_trains_the_critic(penalty, seed, b, d):
     close(got, (2 * (1 - 1 / size) * slope).mean(0), rounding.detach())
 
 
-@given(seeds(), st.integers(1, 4), st.integers(1, 5))
-def test_gradient_penalty_trains_the_critic(seed, b, d):
-    penalty_trains_the_critic(theory.gradient_penalty, seed, b, d)
+@about("power_iteration")
+@given(seeds(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50))
+def test_power_iteration_stays_below_the_largest_singular_value(seed, rows, columns, n_iter):
+    w, u = normal(seed, rows, columns), F.normalize(normal(seed + 1, rows), dim=0)
+    largest = torch.linalg.svdvals(w)[0]
+    sigma = [theory.power_iteration(w, n, u) for n in (n_iter, n_iter + 1)]
+    rounding = 20 * (rows + columns) * EPS * largest
+    assert sigma[0] <= sigma[1] + rounding <= largest + 2 * rounding
 
 
-def penalty_without_a_graph(critic, x):
-    return ((theory.gradient(lambda x: critic(x).sum(), x).norm(dim=1) - 1) ** 2).mean()
+# --- samples and scores ------------------------------------------------------------------------
 
-
-def penalty_of_the_sum(critic, x):
-    return theory.gradient_penalty(critic, x) * len(x)
-
-
-@pytest.mark.parametrize("twin", [penalty_without_a_graph, penalty_of_the_sum])
-def test_wrong_gradient_penalties_are_rejected(twin):
-    assert rejected(penalty_trains_the_critic, twin, (0, 3, 4))
-
-
-@given(seeds(), st.integers(1, 20), st.integers(1, 6), st.floats(0, 20))
-def test_inception_score_is_exp_of_mutual_information_within_its_bounds(seed, n, k, sharpness):
-    probs = (sharpness * normal(seed, n, k)).softmax(1)
-    score = theory.inception_score(probs)
-    p_y = probs.mean(0)
-    information = (torch.distributions.Categorical(p_y).entropy()
-                   - torch.distributions.Categorical(probs).entropy().mean())
-    # Categorical clamps probabilities at EPS: p log p is off by up to EPS log(1 / EPS) = 36 EPS
-    close(score.log(), information, 100 * k * EPS)
-    assert 1 - 20 * k * EPS <= score <= k * (1 + 20 * k * EPS)
-
-
-@given(seeds(), st.integers(1, 5))
-def test_frechet_distance_of_any_two_gaussians(seed, d):
-    """Oracle: tr (A B)^½ from the eigenvalues of A B, which is not symmetric."""
-    torch.manual_seed(seed)
-    mu_a, mu_b = normal(seed, 2, d)
-    a, b = theory.random_covariance(d), theory.random_covariance(d)
-    cross = torch.linalg.eigvals(a @ b).real.sqrt().sum()
-    expected = (mu_a - mu_b).pow(2).sum() + a.trace() + b.trace() - 2 * cross
-    # eigenvalues of A B are good to cond of the eigenvectors, at most the root of cond(A)
-    bound = 100 * d * EPS * torch.linalg.cond(a) * torch.linalg.cond(b) * (1 + expected + a.trace())
-    close(theory.frechet_distance(mu_a, a, mu_b, b), expected, bound)
-    close(theory.frechet_distance(mu_b, b, mu_a, a), expected, bound)
-    turn = torch.linalg.qr(normal(seed + 1, d, d))[0]
-    close(theory.frechet_distance(turn @ mu_a, turn @ a @ turn.T, turn @ mu_b, turn @ b @ turn.T),
-          expected, bound)
-
-
-def test_frechet_distance_refuses_other_sizes_and_what_is_not_finite():
-    mu, cov = torch.zeros(2), torch.eye(2)
-    for mu_b, cov_b in ((mu[:1], cov), (mu, cov[:1]), (mu[:, None], cov), (mu, cov[0])):
-        for first, second in (((mu, cov), (mu_b, cov_b)), ((mu_b, cov_b), (mu, cov))):
-            with pytest.raises(ValueError, match="do not fit"):
-                theory.frechet_distance(*first, *second)
-    for bad in (math.nan, math.inf):
-        for mu_b, cov_b in ((mu + bad, cov), (mu, cov + bad)):
-            with pytest.raises(ValueError, match="not finite"):
-                theory.frechet_distance(mu, cov, mu_b, cov_b)
-
-
+@about("moments", edge=True)
 @given(seeds(), st.integers(2, 300), st.sampled_from([0.1, 1e-3, 777.7, -5.3]),
        st.sampled_from([torch.float32, torch.float64]))
 def test_a_constant_column_has_no_variance_and_no_kurtosis(seed, n, value, dtype):
@@ -1097,9 +706,10 @@ def test_a_constant_column_has_no_variance_and_no_kurtosis(seed, n, value, dtype
     assert variance[0] == 0 and kurtosis[0].isnan() and kurtosis[1].isfinite()
 
 
+@about("moments")
 @given(seeds(), st.integers(2, 30), st.floats(0.1, 5), st.floats(-3, 3))
-def test_moments_do_not_move_with_scale_and_shift_as_they_should(seed, n, scale, shift):
-    """mean -> s mean + c, variance -> s² variance, kurtosis stays; and numpy agrees."""
+def test_moments_are_numpys_and_follow_scale_and_shift(seed, n, scale, shift):
+    """mean -> s mean + c, variance -> s² variance, kurtosis stays."""
     z = normal(seed, n, 1)
     moved = theory.moments(scale * z + shift)
     by_numpy = z.numpy()
@@ -1112,6 +722,7 @@ def test_moments_do_not_move_with_scale_and_shift_as_they_should(seed, n, scale,
     close(moved[2], kurtosis, bound * kurtosis)
 
 
+@about("weighted_mmd")
 @given(seeds(), st.integers(1, 6), st.integers(1, 6))
 def test_mmd_is_the_double_sum(seed, n, m):
     x, y = normal(seed, n), normal(seed + 1, m)
@@ -1123,42 +734,230 @@ def test_mmd_is_the_double_sum(seed, n, m):
     close(theory.weighted_mmd(x, u, x, u), 0, 8 * (n + m) ** 2 * EPS)
 
 
-# --- claims on wrong functions -----------------------------------------------------------------
+@about("inception_score")
+@given(seeds(), st.integers(1, 20), st.integers(1, 6), st.floats(0, 20))
+def test_inception_score_is_exp_of_mutual_information_within_its_bounds(seed, n, k, sharpness):
+    probs = (sharpness * normal(seed, n, k)).softmax(1)
+    score = theory.inception_score(probs)
+    entropy = lambda p: torch.distributions.Categorical(p).entropy()
+    information = entropy(probs.mean(0)) - entropy(probs).mean()
+    # Categorical clamps probabilities at EPS: p log p is off by up to EPS log(1 / EPS) = 36 EPS
+    close(score.log(), information, 100 * k * EPS)
+    assert 1 - 20 * k * EPS <= score <= k * (1 + 20 * k * EPS)
 
-def field_widened_by_padding(layers):
-    size, stride, padding = original.receptive_field(layers)
-    return size + padding, stride, padding
+
+@about("frechet_distance")
+@given(seeds(), st.integers(1, 5))
+def test_frechet_distance_of_any_two_gaussians(seed, d):
+    """Oracle: tr (A B)^½ from the eigenvalues of A B, which is not symmetric."""
+    torch.manual_seed(seed)
+    mu_a, mu_b = normal(seed, 2, d)
+    a, b = original.random_covariance(d), original.random_covariance(d)
+    cross = torch.linalg.eigvals(a @ b).real.sqrt().sum()
+    expected = (mu_a - mu_b).pow(2).sum() + a.trace() + b.trace() - 2 * cross
+    # eigenvalues of A B are good to cond of the eigenvectors, at most the root of cond(A)
+    bound = 100 * d * EPS * torch.linalg.cond(a) * torch.linalg.cond(b) * (1 + expected + a.trace())
+    close(theory.frechet_distance(mu_a, a, mu_b, b), expected, bound)
+    close(theory.frechet_distance(mu_b, b, mu_a, a), expected, bound)
+    turn = torch.linalg.qr(normal(seed + 1, d, d))[0]
+    close(theory.frechet_distance(turn @ mu_a, turn @ a @ turn.T, turn @ mu_b, turn @ b @ turn.T),
+          expected, bound)
 
 
-@pytest.mark.parametrize("name, function, twin", [
-    ("gp-linear", "gradient_penalty", lambda f, x: 2 * original.gradient_penalty(f, x)
-     - original.gradient_penalty(f, x).detach()),
-    ("tbptt", "rnn", lambda x, w_x, w_h, truncate=None: original.rnn(x[-5:], w_x, w_h)),
+@about("truncated_normal_variance")
+@given(st.floats(0.05, 8))
+def test_truncated_variance_is_the_integral(limit):
+    """Oracle: Gauss-Legendre with 100 nodes, exact to rounding for limits up to 8; values in [0, 1]
+    come from 1 - (a number below 1), so they carry a few EPS absolutely."""
+    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
+    expected = (density * (limit * NODES) ** 2).sum() / density.sum()
+    close(theory.truncated_normal_variance(limit), expected, 100 * EPS)
+
+
+@about("truncated_normal_variance", edge=True)
+@given(st.floats(1e-150, 1))
+def test_truncated_variance_of_small_limits_keeps_its_digits(limit):
+    """The same integral by a relative bound: it is the variance of a uniform law, limit² / 3."""
+    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
+    expected = limit ** 2 * ((density * NODES ** 2).sum() / density.sum())
+    assert_close(theory.truncated_normal_variance(limit), float(expected), rtol=100 * EPS, atol=0)
+
+
+@about("truncated_normal_variance", edge=True)
+def test_truncated_variance_rises_to_1_without_a_limit():
+    limits = [1 - 1e-9, 1.0, 1 + 1e-9, 2.0, 8.0, 38.0, 40.0, 1e200, math.inf]
+    found = [theory.truncated_normal_variance(limit) for limit in limits]
+    assert found == sorted(found) and found[-4:] == 4 * [1.0]
+
+
+@about("merge_batch_statistics")
+@given(seeds(), st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+       st.sampled_from([torch.float64, torch.float32, torch.int64]))
+def test_merged_statistics_are_those_of_the_joined_batch(seed, counts, dtype):
+    """The mean of an empty part is nan. Whole numbers as counts lose no digits of the means.
+    Variances are of numbers near offset: their rounding is that of the squares."""
+    parts = [3 * i + normal(seed + i, n, 2) for i, n in enumerate(counts)]
+    joined = torch.cat(parts)
+    means = [p.mean(0) for p in parts]
+    variances = [((p - m) ** 2).mean(0) for p, m in zip(parts, means)]
+    mean, variance = theory.merge_batch_statistics(
+        torch.tensor(counts, dtype=dtype), torch.stack(means), torch.stack(variances))
+    bound = 8 * len(joined) * EPS * (1 + joined.abs().max() ** 2)
+    close(mean, joined.mean(0), bound)
+    close(variance, joined.var(0, correction=0), bound)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+def zeros(*shapes):
+    return [torch.zeros(shape) for shape in shapes]
+
+
+MU, COV = zeros(2, (2, 2))
+REFUSED = [
+    *[("numeric_grad", torch.sum, torch.zeros(2, dtype=dtype))
+      for dtype in (torch.float32, torch.bfloat16, torch.int64)],  # they round the step away
+    ("average_precision", [True, True], 1), ("average_precision", [], 0),
+    ("average_precision", [False], -1), ("binary_entropy", -0.1), ("binary_entropy", 1.1),
+    ("jensen_shannon", *zeros(3, 1)), ("jensen_shannon", *zeros(3, (3, 1))),
+    *[("gan_value", *zeros(*sizes)) for sizes in ((3, 3, 1), (3, 1, 1), (3, 3, (3, 1)))],
+    *[("wasserstein_1d", *zeros(x, y)) for x, y in (((3, 1), (3, 1)), (3, 1), (3, (3, 1)), (0, 0))],
+    *[("frechet_distance", *both) for mu, cov in zip(zeros(1, 2, (2, 1), 2),
+                                                     zeros((2, 2), (1, 2), (2, 2), 2))
+      for both in ((MU, COV, mu, cov), (mu, cov, MU, COV))],
+    *[("frechet_distance", MU, COV, *bad) for inf in (math.nan, math.inf)
+      for bad in ((MU + inf, COV), (MU, COV + inf))],
+    *[("truncated_normal_variance", limit) for limit in (0.0, -1.0, -math.inf, math.nan)],
+    ("merge_batch_statistics", *zeros(2, (2, 3), (2, 3))),  # all parts are empty
+    *[("merge_batch_statistics", torch.ones(n), *zeros(*shapes)) for n, *shapes in (
+        (3, (2, 3), (2, 3)), (2, 2, 2), (2, (2, 3), (2, 1)))]]
+
+
+@about(*dict.fromkeys(name for name, *_ in REFUSED), edge=True)
+@pytest.mark.parametrize("name, args", [(name, args) for name, *args in REFUSED])
+def test_what_has_no_meaning_is_refused(name, args):
+    with pytest.raises(ValueError):
+        getattr(theory, name)(*args)
+
+
+# --- wrong twins -------------------------------------------------------------------------------
+
+def mlp_without_a_sigmoid(x, y, w1, b1, w2, b2, lam):
+    """Squared error of the output itself: ∂a2 = a2 - y."""
+    a2 = (x @ w1.T + b1).clamp(min=0) @ w2.T + b2
+    return original.mlp_grads(x, y + a2.sigmoid() - a2, w1, b1, w2, b2, lam)
+
+
+def mlp_wrong_regulariser(x, y, w1, b1, w2, b2, lam):
+    grads = original.mlp_grads(x, y, w1, b1, w2, b2, 0)
+    return {**grads, "W1": grads["W1"] + lam * w1.norm(), "W2": grads["W2"] + lam * w2.norm()}
+
+
+CONVOLUTION = ((2, 2, 7, 7), (3, 2, 3, 3)), dict(stride=1, padding=0, dilation=2, groups=1)
+WRONG = [  # a property, one case of it, a claim, the function of both, what must not take its place
+    (test_receptive_field_is_what_moves_the_output, [[(3, 2, 1, 1), (3, 2, 1, 1)]],
+     "rf-alexnet", "receptive_field",
+     lambda layers: (1 + sum(d * (k - 1) for k, _, _, d in layers),  # without strides
+                     *original.receptive_field(layers)[1:]),
+     lambda layers: original.receptive_field([  # each stride too early
+         one for k, s, p, d in layers for one in ((1, s, 0, 1), (k, 1, p, d))])),
+    (test_transposed_coverage_is_torchs, [[(1, 1, 2), (1, 2, 1)], 16],
+     "transposed-coverage", "transposed_coverage",  # without gaps, without paddings
+     lambda net, n=1: original.transposed_coverage([(max(k, s), s, p) for k, s, p in net], n),
+     lambda net, n=1: original.transposed_coverage([(k, s, 0) for k, s, _ in net], n)),
+    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0],
+     "conv-grad-input", "conv2d_grad_input",
+     lambda x, w, g, **kind: original.conv2d_grad_input(x, w.flip(2, 3), g, **kind),  # not turned
+     lambda x, w, g, **kind: original.conv2d_grad_input(x, w, g / len(g), **kind)),  # batch mean
+    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0], None, "conv2d_grad_input",
+     lambda x, w, g, **kind: F.pad(  # without dilation
+         original.conv2d_grad_input((*x[:2], 5, 5), w, g), (0, 2, 0, 2))),
+    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0],
+     "conv-grad-weight", "conv2d_grad_weight",
+     lambda x, w, g, **kind: original.conv2d_grad_weight(x, w, g, **kind).flip(2, 3),
+     lambda x, w, g, **kind: original.conv2d_grad_weight(x, w, g / len(g), **kind)),
+    (test_dropout_mask_average_is_exact, [0, 3, 0.3], "dropout-scale", "dropout_mask_average",
+     lambda x, p, f=lambda x: x: original.dropout_mask_average(x * (1 - p), p, f),  # not scaled
+     lambda x, p, f=lambda x: x: torch.stack([  # all masks equally likely
+         f(x * m / (1 - p)) for m in original.masks(len(x), p)[0]]).mean(0)),
+    (test_average_precision_is_an_integral, [[True, False, True, False], 2],
+     "average-precision", "average_precision",
+     lambda hits, n: original.average_precision(hits, max(1, sum(hits))),
+     lambda hits, n: np.mean(np.cumsum([*map(float, hits)]) / np.arange(1, len(hits) + 1))),
+    (test_mlp_gradients_are_autograds, [0, (4, 3, 5, 3), 0.5],
+     "mlp-backprop", "mlp_grads", mlp_without_a_sigmoid, mlp_wrong_regulariser,
+     lambda x, *p, **lam: {k: len(x) * g for k, g in original.mlp_grads(x, *p, **lam).items()}),
+    (test_numeric_gradient_is_the_gradient, [0, 4, 1e-4], "numeric-grad", "numeric_grad",
+     lambda f, x, h=6e-6: torch.stack([(f(x + h * e) - f(x)) / h for e in torch.eye(len(x))]),
+     lambda f, x, eps=6e-6: 2 * original.numeric_grad(f, x, eps)),
+    (test_truncation_cuts_the_gradient_and_only_the_gradient, [0, 5, 2, 3], "tbptt", "rnn",
+     lambda x, w_x, w_h, s=None: original.rnn(x, w_x, w_h),
+     lambda x, w_x, w_h, s=None: original.rnn(x, w_x, w_h, s and s + 1),
+     lambda x, w_x, w_h, s=None: original.rnn(x[-s:] if s else x, w_x, w_h)),
+    (test_ridge_is_the_least, [0, 6, 3, 0.5], "bilevel", "ridge",
+     lambda x, y, lam: original.ridge(x, y, 2 * lam), lambda x, y, lam: original.ridge(x, y, 0)),
+    (test_noise_parts_are_those_of_squares, [0, 2, 3], "grad-norm-noise", "noise_parts",
+     lambda loss, D, x: [2 * part for part in original.noise_parts(loss, D, x)],
+     lambda loss, D, x: [part * (1 - i) for i, part in enumerate(  # only a penalty
+         original.noise_parts(loss, D, x))]),
+    (test_coupling_density_is_the_jacobians, [0, 3, 3], None, "coupling_log_prob",
+     lambda x, layers: original.coupling_log_prob(x, layers[::-1]),
+     lambda x, layers: 2 * original.coupling_log_prob(  # the other sign of log det
+         x, [(mask, lambda k: 0 * k, lambda k: 0 * k) for mask, _, _ in layers])
+     - original.coupling_log_prob(x, layers)),
+    (test_smoothed_d_is_the_best, [0, 0.9, 0.1], "smoothing-optimum", "smoothed_d",
+     lambda p, q, real=0.9, fake=0.0: real * p / (p + q),
+     lambda p, q, real=0.9, fake=0.0: p / (p + q)),
+    (test_r1_of_weight_2_k_eta_damps_as_k_unrolled_steps, [0, 0.1, 2, True],
+     "r1-game", "bilinear_step",  # a weight of k η where 2 k η is asked for
+     lambda *state, r1=0.0, **kind: original.bilinear_step(*state, r1=r1 / 2, **kind)),
+    (test_momentum_moves_by_velocities, [0.1, 0.5, True], "momentum-game", "momentum_step",
+     lambda *state: original.momentum_step(*state[:5], -state[5], state[6]),
+     lambda *state: original.momentum_step(*state[:6], not state[6])),
+    *[(test, [0.1, 0.5, True], "momentum-game", "momentum_growth",
+       lambda eta, m, in_turn=True: original.momentum_growth(eta, -m, in_turn),
+       lambda eta, m, in_turn=True: original.momentum_growth(eta, m, not in_turn)) for test in (
+        test_growth_with_momentum_is_the_largest_root,
+        test_growth_with_momentum_is_that_of_a_trajectory)],
+    (test_gradient_penalty_trains_the_critic, [0, 3, 4], "gp-linear", "gradient_penalty",
+     lambda critic, x: original.gradient_penalty(critic, x) * len(x),
+     lambda critic, x: 2 * original.gradient_penalty(critic, x)  # twice its gradient
+     - original.gradient_penalty(critic, x).detach()),
+    (test_gradient_penalty_trains_the_critic, [0, 3, 4], None, "gradient_penalty",
+     lambda critic, x: original.gradient_penalty(critic, x).detach()),
+    (test_truncated_variance_is_the_integral, [1.0], "truncation", "truncated_normal_variance",
+     lambda t: 1.0,
+     lambda t: 1 - 2 * t * math.exp(-t * t / 2) / (2 * math.pi) ** 0.5 / (1 + math.erf(t / 2**.5))),
+    (test_merged_statistics_are_those_of_the_joined_batch, [0, [2, 5, 3], torch.float64],
+     "cross-replica-bn", "merge_batch_statistics",
+     lambda n, m, v: (original.merge_batch_statistics(n, m, v)[0], v.mean(0)),
+     lambda n, m, v: original.merge_batch_statistics(torch.ones_like(n), m, v))]
+
+
+@pytest.mark.parametrize("test, case, claim, name, twin", [
+    (*row[:4], twin) for row in WRONG for twin in row[4:]])
+def test_a_wrong_twin_fails_the_property_and_the_claim(test, case, claim, name, twin, monkeypatch):
+    monkeypatch.setattr(theory, name, twin)
+    with pytest.raises(AssertionError):
+        test.hypothesis.inner_test(*case)
+    assert claim is None or theory.run(claim, [0])[1] == 0
+
+
+@pytest.mark.parametrize("claim, name, twin", [
     ("tbptt-reach", "rnn", lambda x, w_x, w_h, truncate=None: original.rnn(x[-5:], w_x, w_h)),
     ("bilevel", "ridge", lambda x, y, lam: 1.01 * original.ridge(x, y, lam)),
-    ("rf-recursion", "receptive_field", field_widened_by_padding),
-    ("rf-alexnet", "receptive_field", field_without_strides),
+    ("rf-recursion", "receptive_field", lambda net: (  # padding does not widen it
+        sum(original.receptive_field(net)[::2]), *original.receptive_field(net)[1:])),
     ("detector-shapes", "receptive_field", lambda net: original.receptive_field(net[1:])),
-    ("transposed-coverage", "transposed_coverage", coverage_without_gaps),
     ("transposed-coverage", "REPORT_G", theory.MENDED_G),
-    ("average-precision", "average_precision", precision_everywhere),
-    ("average-precision", "average_precision",
-     lambda hits, n: original.average_precision(hits, sum(hits))),
-    ("mlp-backprop", "mlp_grads", mlp_wrong_regulariser),
-    ("mlp-backprop", "mlp_grads", mlp_without_a_sigmoid),
-    ("grad-norm-noise", "noise_parts", only_a_penalty),
     ("posterior-collapse", "linear_elbo",
-     lambda x, w, v, mu, cov: (original.linear_elbo(x, w, v, mu, cov)
-                               + original.kl_standard_normal(mu, cov))),
+     lambda *args: original.linear_elbo(*args) + original.kl_standard_normal(*args[3:])),
     ("vae-mean", "picture_error", lambda x, answer: (x - answer).abs().sum(1).mean()),
-    ("smoothing-optimum", "smoothed_d", lambda p, q, real=0.9, fake=0.0: real * p / (p + q)),
-    ("bilinear-game", "bilinear_growth", lambda eta, k=0, exact=True, alternating=False:
-     original.bilinear_growth(eta, k, exact)),
-    ("bilinear-game", "bilinear_growth", lambda eta, k=0, exact=True, alternating=False:
-     original.bilinear_growth(eta, k, exact, True))])
-def test_a_claim_on_a_wrong_function_is_not_confirmed(name, function, twin, monkeypatch):
-    monkeypatch.setattr(theory, function, twin)
-    assert theory.run(name, [0])[1] == 0
+    *[("bilinear-game", "bilinear_growth", lambda eta, alternating=False, turn=turn, **kind:
+       original.bilinear_growth(eta, alternating=turn, **kind)) for turn in (False, True)]])
+def test_a_claim_on_a_wrong_function_is_not_confirmed(claim, name, twin, monkeypatch):
+    monkeypatch.setattr(theory, name, twin)
+    assert theory.run(claim, [0])[1] == 0
 
 
 @pytest.mark.parametrize("name, right, wrong", [
@@ -1169,18 +968,13 @@ def test_a_claim_on_a_wrong_function_is_not_confirmed(name, function, twin, monk
     ("sigmoid-tanh", "(torch.sigmoid, torch.tanh)", "(torch.sigmoid, torch.sigmoid)"),
     ("sigmoid-tanh", "(None, nn.init.xavier_normal_)", "(None, nn.init.zeros_)"),
     ("relu-sign", "torch.relu(x) * grad", "torch.relu(x) * grad.abs()"),
-    ("relu-dead", "double(-50.0)", "double(0.0)"),
-    ("relu-dead", "60 * w", "40 * w"),
+    ("relu-dead", "double(-50.0)", "double(0.0)"), ("relu-dead", "60 * w", "40 * w"),
     ("loss-tells-which", "weights / 7, y", "weights / 1.1, y"),
     ("loss-tells-which", "(weights, fit, 0.01)", "(weights, y, 0.0)"),
-    ("loss-tells-which", "3 * weights", "weights"),
-    ("label-constraints", "(n > 7)", "(n >= 7)"),
-    ("label-constraints", "(n > 7) + (n < 7)", "2 * (n != 7)"),
-    ("mlp-grads", "lam * w)", "w)"),
-    ("sgd-steps", "(1, 64)", "(1, 1)"),
-    ("gd-memory", "len(part) / 60", "1 / len(parts)"),
-    ("gd-global", "noise * normal(runs)", "0 * normal(runs)"),
-    ("gd-global", "0.3 * x", "-0.3 * x"),
+    ("loss-tells-which", "3 * weights", "weights"), ("label-constraints", "(n > 7)", "(n >= 7)"),
+    ("label-constraints", "(n > 7) + (n < 7)", "2 * (n != 7)"), ("mlp-grads", "lam * w)", "w)"),
+    ("sgd-steps", "(1, 64)", "(1, 1)"), ("gd-memory", "len(part) / 60", "1 / len(parts)"),
+    ("gd-global", "noise * normal(runs)", "0 * normal(runs)"), ("gd-global", "0.3 * x", "-0.3 * x"),
     ("gd-no-slope", "(x @ w).sign()).mean()", "(x @ w).tanh()).mean()"),
     ("newton-ravine", "x - torch", "x - 0.9 * torch"),
     ("newton-ravine", "double([1.0, -1.0])", "double([1.0, 1.0])"),
@@ -1191,13 +985,14 @@ def test_a_claim_on_a_wrong_function_is_not_confirmed(name, function, twin, monk
     ("vae-mean", "x.mean(dim=0)", "x.median(dim=0).values"),
     ("detach-d", "grads(G(z).detach())", "grads(G(z))"),
     ("g-loss-alone", "F.softplus(-b) + F.softplus(b)", "F.softplus(-b)"),
-    ("g-loss-alone", "(0.0, 0.3)", "(0.0, -0.3)"),
-    ("g-loss-alone", "(0.0, 0.3)", "(0.0, 1.0)"),
+    ("g-loss-alone", "(0.0, 0.3)", "(0.0, -0.3)"), ("g-loss-alone", "(0.0, 0.3)", "(0.0, 1.0)"),
     ("minimax-maximin", "games.amax(2, keepdim=True)", "games.amin(2, keepdim=True)"),
     ("minimax-maximin", "[[[1, -1], [-1, 1]]]", "[[[1, 1], [-1, 1]]]"),
     ("maximin-collapse", "D.argmax()", "D.argmin()"),
     ("maximin-collapse", "gan_value(p / (p + q), p, q)", "gan_value(half, p, q)"),
-    ("double-sigmoid", "torch.sigmoid(a), torch.sigmoid(-a)", "a, -a")])
+    ("double-sigmoid", "torch.sigmoid(a), torch.sigmoid(-a)", "a, -a"),
+    ("r1-game", "r1=2 * k * eta", "r1=k * eta"), ("momentum-game", "0.5, -0.3)", "-0.5, -0.3)"),
+    ("momentum-game", "0.5, -0.3)", "0.5, 0.3)")])
 def test_a_claim_that_computes_something_else_is_not_confirmed(name, right, wrong, monkeypatch):
     claim = theory.CLAIMS[name]
     source = inspect.getsource(claim.check)
@@ -1206,3 +1001,60 @@ def test_a_claim_that_computes_something_else_is_not_confirmed(name, right, wron
     exec(source.replace(right, wrong), names)
     monkeypatch.setitem(theory.CLAIMS, name, claim._replace(check=names[claim.check.__name__]))
     assert theory.run(name, [0])[1] == 0
+
+
+# --- the program -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["depth-numbers", "relu-linear"])
+def test_a_wrong_verdict_ends_with_status_one(name, tmp_path, monkeypatch, capsys):
+    claim = theory.CLAIMS[name]
+    monkeypatch.setitem(theory.CLAIMS, name, claim._replace(check=shaky(*10 * [math.nan])))
+    (*_, shown), confirmed = theory.checked(name, range(theory.SEEDS))
+    assert f"{claim.verdict} expected (0 of 5 seeds)" in shown and not confirmed
+    one_line(capsys, lambda: theory.main(["--only", name, "relu-dead", "--out", str(tmp_path)]),
+             f"not the expected verdict: {name}\n", status=1)
+
+
+def test_only_and_list(tmp_path, capsys):
+    theory.main(["--only", "double-sigmoid", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "1.0064, 0.6931" in out and "saturation-high" not in out
+    assert " ".join(theory.double_sigmoid.__doc__.split()) in " ".join(out.split())
+    assert theory.TOPICS["GANs"] in " ".join(out.split())
+    assert theory.TOPICS["losses"][:40] not in " ".join(out.split())
+    assert [file.name for file in tmp_path.iterdir()] in ([], [".lock"])  # no pictures
+    theory.main(["--list"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in theory.CLAIMS)
+    one_line(capsys, lambda: theory.main(["--only", "no-such-claim"]), "no-such-claim")
+
+
+def quiz(lines, monkeypatch, capsys):
+    """What --predict prints for these lines; the claims are refuted, holds, refuted."""
+    monkeypatch.setattr(sys, "stdin", lines if lines is None else io.StringIO(lines))
+    theory.main(["--predict", "--only", "relu-linear", "relu-dead", "saturation-high"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lines, right, asked", [
+    ("r\nh\nr\n", 3, 3), ("refuted\nHOLDS \nRefuted\n", 3, 3), ("h\nr\nh\n", 0, 3),
+    ("h\nh\nr\n", 2, 3), ("\nh\n\n", 1, 1), ("\n\n\n", 0, 0), ("", 0, 0), ("r", 1, 1),
+    ("r\nr\n", 1, 2), ("yes\n1\nr\nhr\nh\n?\nr\n", 3, 3), ("r\nq\n", 1, 1), (None, 0, 0)])
+def test_the_quiz_counts_the_hits(lines, right, asked, monkeypatch, capsys):
+    """Letters or words; an empty line skips, q or the end of input ends it, anything else asks
+    again. Python has no stdin if it was closed before the start, as by a shell's <&-."""
+    out = quiz(lines, monkeypatch, capsys)
+    assert out.endswith(f"\nyou were right on {right} of {asked}\n")
+    assert out.count("an empty line skips") == len(re.findall("yes|1|hr|[?]", lines or ""))
+
+
+def test_the_quiz_asks_before_it_shows_both_sides(tmp_path, monkeypatch, capsys):
+    """A part of the output for each question: it ends with the question. No file is written."""
+    monkeypatch.chdir(tmp_path)
+    first, second, third, end = quiz("r\nr\n\n", monkeypatch, capsys).split("holds or refuted?")
+    assert "relu-linear" in first and "1 : 1 : 1" not in first
+    assert "1 : 1 : 1" in second and second.count("refuted") == 1
+    assert theory.statement(theory.relu_dead) in second and "moved inputs" not in second
+    assert third.count("holds") == 1 and "moved inputs" in third
+    assert "-1.0000" not in end  # a claim that is skipped keeps its secret
+    assert not list(tmp_path.iterdir())

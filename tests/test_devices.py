@@ -1,7 +1,7 @@
-"""Every training keeps all its tensors on one device: that of the run.
+"""Every training run keeps all its tensors on one device: that of the run.
 
 The meta device has shapes and no numbers, needs no GPU, and refuses to mix with the CPU in most
-operations. Steps of each training are run on it; what would read a number gets a 1.
+operations. Two steps of each training run are made on it; what would read a number gets a 1.
 """
 
 import importlib
@@ -28,7 +28,7 @@ TRAININGS = [
 
 
 class Over(Exception):
-    """A training of two steps has come to its end."""
+    """A training run of two steps has come to its end."""
 
 
 def two_steps(run, total, **parts):
@@ -70,15 +70,15 @@ def meta(monkeypatch):
 
 @pytest.mark.parametrize("script, flags", TRAININGS, ids=lambda value: " ".join(value)
                          if isinstance(value, list) else value)
-def test_a_training_stays_on_the_device_of_its_run(script, flags, meta, tmp_path):
+def test_a_training_run_stays_on_its_device(script, flags, meta, tmp_path):
     with pytest.raises(Over):
         importlib.import_module(script).main(
             ["--device", "meta", "--quick", "--out", str(tmp_path), *flags])
 
 
-def test_a_draw_on_the_wrong_device_is_rejected(meta, tmp_path, monkeypatch):
-    """The wrong twin: z drawn on the CPU, as it is without device=."""
-    draw = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, **rest: draw(*shape, **rest))
+def test_noise_on_the_wrong_device_is_rejected(meta, tmp_path, monkeypatch):
+    """The wrong twin: z is generated on the CPU, as it is without device=."""
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, **rest: randn(*shape, **rest))
     with pytest.raises(RuntimeError, match="(?i)device"):
         losses.main(["--device", "meta", "--quick", "--out", str(tmp_path)])

@@ -1,52 +1,111 @@
-"""Several processes: torchrun starts every chapter as it stands, and Run shares the work."""
+"""Several processes, which torchrun starts: Run shares the work among them.
 
+torchrun starts this file with a folder and names of TASKS. Each process writes there what they
+return.
+"""
+
+import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import common
-from in_two_processes import CHAPTERS, net_and_loss
-from test_common import TEN, same_results
-
-EPS = torch.finfo(torch.float64).eps
+from harness import one_line
+from test_common import TEN, arguments, in_step, toy
 
 
-def torchrun(folder, *what):
-    """Two processes on one core each: how they ended, and what they said."""
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         Path(__file__).parent / "in_two_processes.py", folder, *what],
-        text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+def net_and_loss():
+    """A net without batch norm, in float64, and the loss of a batch."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    return net, lambda x, y: ((net(x.double())[:, 0] - y) ** 2).mean()
+
+
+def gradients(folder):
+    """Of the first batch; one process has other weights, and those of the first are what counts."""
+    with common.Run(arguments(folder / "gradients")) as run:
+        for run.name in run.each(["a"]):
+            net, loss = net_and_loss()
+            if common.rank():
+                nn.init.zeros_(net[1].weight)
+            batches = run.batches(TEN, 8)
+            for _ in run.steps(1, net=net):
+                loss(*next(batches)).backward(inputs=tuple(net.parameters()))
+                run.log(loss=float(common.rank()))
+    return [p.grad for p in net.parameters()], run.rows
+
+
+def chapter(folder):
+    """Ten steps: the parameters at the start and at the end, before the first shares its own, and
+    how many files were written."""
+    share, held = common.share_state, []
+    common.save_figure = common.save_animation = lambda *args, **more: None  # the test has no use
+
+    def hold_and_share(parts):
+        nets = [net for net in parts.values() if isinstance(net, nn.Module)]
+        held.append([p.detach().clone() for net in nets for p in net.parameters()])
+        share(parts)
+    common.share_state, common.replace = hold_and_share, mock.Mock(wraps=common.replace)
+    importlib.import_module("03_unrolled_gan").main([
+        "-k", "2", "--data", "digits", "--quick", "--steps", "10", "--batch", "8", "--data-dir",
+        str(folder / "data"), "--out", str(folder / "chapter")])
+    return held, common.replace.call_count
+
+
+def die(run):
+    if common.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+TASKS = {"gradients": gradients, "chapter": chapter,
+         "killed": lambda folder: toy(arguments(folder / "k"), in_step=in_step(5, "a", die)),
+         "resumed": lambda folder: toy(arguments(folder / "k", "--resume")),
+         "whole": lambda folder: toy(arguments(folder / "w"))}
+
+
+def torchrun(folder, *tasks):
+    """Two processes: how they ended, and what they said."""
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc-per-node", "2", __file__, folder, *tasks],
+                         text=True, capture_output=True, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
     return run.returncode, run.stdout + run.stderr
 
 
 def two_starts(folder):
-    """Runs in which one process dies; in a second start these are taken up, and then all others."""
+    """The folder, what both processes return for a task, and what was said after the kill."""
     folder = folder / "processes"
-    folder.mkdir()
-    killed, _ = torchrun(folder, "killed")
-    return folder, killed, *torchrun(folder, "resumed", "whole", "gradients", "chapters")
+    (folder / "data").mkdir(parents=True)
+    torch.save([common.draw_digits(400, seed) for seed in (1, 0)], folder / "data" / "digits.pt")
+    status, said = torchrun(folder, "killed")
+    assert status != 0 and not list(folder.glob("killed*.pt")), said  # none has come to its end
+    status, said = torchrun(folder, "resumed", "whole", "gradients", "chapter")
+    assert status == 0, said
+    return folder, lambda task: [torch.load(folder / f"{task}{rank}.pt") for rank in (0, 1)], said
 
 
 @pytest.mark.beside(run=two_starts)
 def test_the_averaged_gradient_is_that_of_the_whole_batch(beside):
     """Two halves of a batch of 8: the mean of two means of 4 is the mean of 8."""
-    folder, _, status, said = beside
-    assert status == 0, said
-    found = [torch.load(folder / f"gradients{rank}.pt") for rank in (0, 1)]
+    (first, rows), (second, other_rows) = beside[1]("gradients")
     net, loss = net_and_loss()
     loss(*next(common.batches(TEN, 8, seed=0))).backward()
     size = max(p.grad.abs().max().item() for p in net.parameters())
-    for p, *grads in zip(net.parameters(), *(part["grads"] for part in found)):
-        assert torch.equal(*grads)
-        assert_close(grads[0], p.grad, rtol=0, atol=100 * EPS * size)
-    assert found[0]["log"] == found[1]["log"] and found[0]["log"][0]["loss"] == 0.5  # the mean
+    for p, mine, other in zip(net.parameters(), first, second):
+        assert torch.equal(mine, other)
+        assert_close(mine, p.grad, rtol=0, atol=100 * size * torch.finfo(torch.float64).eps)
+    assert rows == other_rows and rows[0]["loss"] == 0.5  # the mean of 0 and 1
 
 
 def test_half_of_the_batch_is_rejected():
@@ -59,38 +118,36 @@ def test_half_of_the_batch_is_rejected():
 
 
 @pytest.mark.beside(run=two_starts)
-def test_chapters_keep_equal_parameters_and_write_one_set_of_files(beside):
-    folder, _, status, said = beside
-    assert status == 0, said
-    for name in CHAPTERS:
-        both = [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)]
-        start, end = both[0][0], both[0][-1]
-        assert same_results(end, both[1][-1]), name  # before they are shared
-        assert not same_results(start, end)
-        out = folder / name / "quick"
-        files = {file.name for file in out.iterdir()}
-        assert {"checkpoint.pt", "log.csv"} < files and not any(".tmp" in file for file in files)
-        rows = (out / "log.csv").read_text().splitlines()
-        assert len(rows) == 11, name  # a head, and one row for each step
-    assert said.count("device cpu") == 3 + len(CHAPTERS)  # the first process alone speaks
+def test_a_chapter_keeps_equal_parameters_and_writes_one_set_of_files(beside):
+    folder, returned, said = beside
+    ((start, end), files), ((_, other), other_files) = returned("chapter")
+    assert all(map(torch.equal, end, other)) and not any(map(torch.equal, start, end))
+    assert files > 0 == other_files
+    out = folder / "chapter" / "quick"
+    assert (out / "checkpoint.pt").exists() and not list(out.glob("*.tmp"))
+    assert (out / "log.csv").read_text(encoding="utf-8").count("\n") == 11  # a head, ten steps
+    assert said.count("device cpu") == 4  # the first process alone speaks, once for each task
 
 
 @pytest.mark.beside(run=two_starts)
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_to_the_same_bits(beside):
-    folder, killed, status, said = beside
-    assert killed != 0 and status == 0, said
-    first = re.search(r"a  step (\d+)/12", said)  # that is printed, of every second one
-    assert first[1] == "6"  # the second start began with step 5
-    for rank in (0, 1):
-        resumed, whole = (torch.load(folder / f"{name}{rank}.pt") for name in ("resumed", "whole"))
-        assert same_results(resumed, whole)
+def test_a_killed_process_ends_the_other_and_the_run_resumes_to_the_same_bits(beside):
+    _, returned, said = beside
+    assert re.search(r"a  step (\d+)/12", said)[1] == "6"  # of every second one; it began with 5
+    assert returned("resumed") == returned("whole")
 
 
-def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
+def test_a_batch_that_does_not_divide_or_gives_each_one_picture_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(common, "processes", lambda: 3)
-    run = common.Run.__new__(common.Run)
-    assert run.part(9) == 3
-    for n, use in ((8, "--batch 6"), (2, "--batch 3")):
-        with pytest.raises(SystemExit) as stop:
-            run.part(n)
-        assert stop.value.code == 2 and use in capsys.readouterr().err
+    assert common.Run(None).part(9) == 3
+    one_line(capsys, lambda: common.Run(None).part(8), "--batch 6")
+    one_line(capsys, lambda: common.Run(None).part(2), "--batch 3")
+    common.check_batch(SimpleNamespace(batch=6), TEN, "why")
+    one_line(capsys, lambda: common.check_batch(SimpleNamespace(batch=5), TEN, "why"), "--batch 6")
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    for task in sys.argv[2:]:
+        file = Path(sys.argv[1], f"{task}{common.rank()}.pt")
+        torch.save(TASKS[task](file.parent), file)
+    torch.distributed.destroy_process_group()
