@@ -1913,7 +1913,7 @@ def momentum_game():
     Gidel et al. 2019, arXiv:1807.04740. Each number is the factor by which a step multiplies the
     distance to (0, 0), in the long run. Without momentum the game in turn circles. The momentum
     that is usual for a GAN, Adam's beta1 = 0.5, is enough to lose it. Chapter 03 finds the same on
-    the ring: with beta1 = 0.5 the plain GAN collapses, with 0 it covers all modes."""
+    the ring: with momentum the plain GAN collapses, without momentum it covers all modes."""
     circle, outwards, inwards = (momentum_growth(0.1, m) for m in (0.0, 0.5, -0.3))
     return ("1, above 1, below 1", f"{circle:.4f}, {outwards:.4f}, {inwards:.4f}",
             abs(circle - 1) < 1e-6 and outwards > 1.01 and inwards < 0.999)
