@@ -48,11 +48,12 @@ SHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the training after which a pic
 def value(D, theta, x, x_fake):
     """f(θ_G, θ_D) = mean log σ(D(x)) + mean log(1 - σ(D(x_fake))). A scalar <= 0, in nats.
 
-    D returns logits [B]; theta: its parameters by name; x, x_fake: [B, ...].
-    D maximises it, G minimises it. -2 log 2 = -1.386 when D cannot tell the two apart.
+    D returns logits [B]; theta: its parameters by name; x, x_fake: [B, ...], [B', ...]. D sees both
+    as one batch, so that batch norm has the statistics of both. D maximises f, G minimises it.
+    f = -2 log 2 = -1.386 when D cannot tell the two apart.
     """
     # functional_call: D as a function of its input and of the weights theta, which need not be
-    # the ones that D holds. One pass for real and fake.
+    # the ones that D holds.
     logits = torch.func.functional_call(D, theta, (torch.cat([x, x_fake]),))
     logits_real, logits_fake = logits.split([len(x), len(x_fake)])
     return F.logsigmoid(logits_real).mean() + F.logsigmoid(-logits_fake).mean()
@@ -61,9 +62,10 @@ def value(D, theta, x, x_fake):
 def unroll(D, x, x_fake, k, eta, exact=True):
     """θ_D^k: D's parameters (by name) after k ascent steps of size eta on f of this one batch.
 
-    exact: the result is a differentiable function of x_fake, and through it of θ_G.
-    Otherwise it is a constant. Frozen parameters stay as they are. The dict has copies of D's
-    buffers too, which batch norm and spectral norm move in every pass: D itself is not changed.
+    f is that of value(). exact: the result is a differentiable function of x_fake, and through it
+    of θ_G. Otherwise it is a constant. Frozen parameters stay as they are, and so do parameters
+    that the logits do not use. The dict has copies of D's buffers as well, which batch norm and
+    spectral norm update in every pass: D itself is not changed.
     """
     theta = dict(D.named_parameters()) | {name: b.clone() for name, b in D.named_buffers()}
     learned = [name for name, p in theta.items() if p.requires_grad]

@@ -102,10 +102,11 @@ def mmd_loss(z):
 
 
 def weight(step, steps):
-    """λ at a step of 1 ... steps: 0.001, doubled after each of PARTS equal parts up to 2.048.
+    """λ at a step of 1 ... steps: the run has PARTS equal parts; λ is 0.001 in the first of them.
 
-    If PARTS does not divide steps, the parts are equal up to rounding. λ never falls. If steps is
-    PARTS or more, λ takes all its 12 values and ends at 2.048; in fewer steps it leaves some out.
+    It doubles after each of the first 11 parts, and stays at 2.048 in those that remain. If PARTS
+    does not divide steps, the parts are equal up to rounding. With fewer steps than PARTS, λ leaves
+    some of its 12 values out.
     """
     part = PARTS * (step - 1) // steps
     return 0.001 * 2 ** min(part, 11)

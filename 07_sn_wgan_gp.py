@@ -172,8 +172,9 @@ def inception_score(probs, splits=1):
     also of integers; computed in float64. The parts are cut in this order, and the deviation is
     that of the parts (divided by their number). From 1 (all rows equal) to K (each row sure of one
     class, all classes equally often). A softmax taken twice still gives rows of probabilities, and
-    a score near 1. Raises ValueError if a row is no probability distribution up to the rounding
-    of its dtype (logits, say, or not a number), for fewer rows than splits, and for no splits.
+    a score near 1. Raises ValueError if a row is no probability distribution: if its sum is off 1
+    by more than 1e-3, or than four times the eps of a coarser dtype, or if a number is below 0 or
+    nan. Raises ValueError for fewer rows than splits, and for no splits.
     """
     if not 1 <= splits <= len(probs):
         raise ValueError(f"{len(probs)} rows do not make {splits} splits")

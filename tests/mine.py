@@ -61,6 +61,17 @@ def book(number):
             and not f.name.startswith(("_", "draw_"))}
 
 
+def constants(number):
+    """The constants of a chapter that its functions use, as lines of code: numbers and tensors."""
+    functions = ast.Module([*book(number).values()], [])
+    used = {node.id for node in ast.walk(functions) if isinstance(node, ast.Name)}
+    lines = ast.parse(CHAPTERS[number].read_text(encoding="utf-8")).body
+    return [ast.unparse(line) for line in lines if isinstance(line, ast.Assign)
+            and getattr(line.targets[0], "id", "a").isupper() and line.targets[0].id in used
+            and {node.id for node in ast.walk(line.value) if isinstance(node, ast.Name)}
+            <= {"torch", "math"}]
+
+
 def skeleton(numbers):
     """The text of a file with the functions of these chapters, each without its body."""
     parts = ['"""Write the body of each function. Then: python -m pytest --mine=THIS_FILE\n\n'
@@ -70,7 +81,8 @@ def skeleton(numbers):
     for number in numbers:
         functions = {name: f for name, f in book(number).items() if name not in written}
         written |= functions.keys()
-        parts.append(f"\n\n# --- chapter {number} ---\n")
+        parts += [f"\n\n# --- chapter {number} ---\n", *(f"\n{c}" for c in constants(number)),
+                  "\n" * bool(constants(number))]
         for name, f in functions.items():
             lines = [f"\n\ndef {name}({ast.unparse(f.args)}):\n"]
             if doc := ast.get_docstring(f):
@@ -216,9 +228,10 @@ class Mine:
             else:
                 for kind, outcome in (("formula", outcomes[False]), ("edge cases", outcomes[True])):
                     failures = {test: text for test, text in outcome.items() if text}
-                    if outcome:
-                        say(f"{title}, {kind}: {len(failures)} of {len(outcome)} properties fail",
-                            red=bool(failures), green=not failures)
+                    if failures:
+                        say(f"{title}, {kind}: {len(failures)} of {len(outcome)} fail", red=True)
+                    elif outcome:
+                        say(f"{title}, {kind}: all {len(outcome)} hold", green=True)
                     for test, text in failures.items():
                         say(f"  {test.removeprefix('test_').replace('_', ' ')}, {text}")
         if self.helpers:

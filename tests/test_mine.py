@@ -71,10 +71,10 @@ def test_right_functions_hold_and_wrong_ones_fail_each_in_its_lines(beside):
     for line in ("kl_standard_normal (chapter 01)", "wgan_g (chapter 02)", "wgan_g (chapter 07)"):
         assert re.search(rf"^{re.escape(line)}: all \d propert\w+ hold", said, re.MULTILINE)
     assert "\nnegative_elbo (chapter 01): all 2 properties hold\n" in said
-    assert "\nreparameterise (chapter 01), formula: 1 of 2 properties fail\n" \
+    assert "\nreparameterise (chapter 01), formula: 1 of 2 fail\n" \
         "  samples have the mean and the variance asked for, for seed=0: their variance" in said
-    assert "\nvae_loss (chapter 01), formula: 0 of 2 properties fail\n" in said
-    assert "\nvae_loss (chapter 01), edge cases: 1 of 1 properties fail\n" \
+    assert "\nvae_loss (chapter 01), formula: all 2 hold\n" in said
+    assert "\nvae_loss (chapter 01), edge cases: 1 of 1 fail\n" \
         "  a loss without meaning is refused, for b=2, b_rec=2, x_sigma2=0.0: DID NOT RAISE" in said
     at = STUDENT[:STUDENT.index("no_such_method")].count("\n") + 1
     assert f"AttributeError: 'Tensor' object has no attribute 'no_such_method' (line {at} of " \
@@ -93,6 +93,7 @@ def test_a_missing_file_is_written_and_passes_nothing(beside):
     assert text.count("raise NotImplementedError") == len(mine.book("06")) == text.count("\ndef ")
     module = importlib.import_module("06_wae_moments")
     assert all(getattr(module, name).__doc__.splitlines()[0] in text for name in mine.book("06"))
+    assert "\nPARTS = 14\n" in text and "\nSCALES = (" in text  # what the functions use
     assert second == 1 and "passed" not in told
     assert all(f"{name} (chapter 06): not written yet" in told for name in mine.book("06"))
 
