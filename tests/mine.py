@@ -176,7 +176,7 @@ class Mine:
                               for number, _ in self.functions})
         config.option.tbstyle, config.option.disable_warnings = "no", True
         settings.register_profile(
-            "mine", settings.get_profile(settings.get_current_profile_name()), derandomize=True,
+            "mine", settings.get_profile("everyday"), derandomize=True,
             max_examples=10,  # a student's function may be a slow loop in Python
             database=None, print_blob=False, report_multiple_bugs=False,
             phases=[Phase.explicit, Phase.generate, Phase.shrink])
