@@ -26,14 +26,14 @@ pytest_addoption, pytest_configure = mine.pytest_addoption, mine.pytest_configur
 
 @pytest.fixture(scope="session")
 def second_core(request, tmp_path_factory):
-    """Calls the functions of all marks beside(run=...), one after the other, while the tests run.
+    """Calls the functions of all marks beside(run=...), two at a time, while the tests run.
 
-    They start processes and wait for them, which leaves the first core to the tests.
+    They start processes and wait for them; with the tests that is enough to fill two cores.
     """
     folder = tmp_path_factory.mktemp("beside")
     runs = dict.fromkeys(mark.kwargs["run"] for item in request.session.items
                          for mark in item.iter_markers("beside"))
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         yield {run: pool.submit(run, folder) for run in runs}
         pool.shutdown(cancel_futures=True)
 
