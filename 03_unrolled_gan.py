@@ -10,7 +10,7 @@ See      process.gif: three GANs on a ring of 8 modes (clusters of the data).
          With momentum, Adam's beta1 = 0.7, the plain GAN collapses: it covers
          0 or 1 mode. Unrolled (k = 5) it covers 8, and 96 % of the samples are
          good: within 3 standard deviations of a mode. The plain GAN *without*
-         momentum covers 8 as well, with 95 to 96 %, in a fifth of the time.
+         momentum covers 8 as well, with 95 to 96 %, in a quarter of the time.
 Differs  The authors' notebook has beta1 = 0.5; with it 1 of 10 seeds does not
          collapse here. G is trained on -E log σ(D(G(z))) at θ_D^k, the non-
          saturating loss. D has one hidden layer. On pictures beta1 is 0.
