@@ -239,7 +239,8 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     half the side, 2 width on that of a quarter, and so on; with width = 0 one more fully connected
     layer draws the picture. Weights start as draws of N(0, 0.02²), biases as 0.
     """
-    widths, small = common.channels(side, width)
+    widths = [width * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+    small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = []
     for i, o in pairwise([d_in, *hidden] + ([widths[-1] * small ** 2] if width else [])):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
@@ -252,7 +253,10 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
     else:
         layers += [nn.Linear(hidden[-1], c * side ** 2), nn.Unflatten(1, (c, side, side)),
                    nn.Tanh()]
-    common.normal_start(layers)
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # as in DCGAN
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 
@@ -267,7 +271,8 @@ def trunk(c, side, hidden, width):
         for i, o in pairwise([c * side ** 2, *hidden]):
             layers += [nn.Linear(i, o), nn.SiLU()]
         return nn.Sequential(*layers), hidden[-1]
-    widths, small = common.channels(side, width)
+    widths = [width * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+    small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = []
     for i, o in pairwise([c, *widths]):
         layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]

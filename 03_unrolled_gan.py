@@ -152,7 +152,10 @@ def image_nets(d_z, c, h, w):
         nn.Linear(c * h * w, 512), nn.LeakyReLU(0.2),
         nn.Linear(512, 512), nn.LeakyReLU(0.2),
         nn.Linear(512, 1), nn.Flatten(0))                                    # [B]
-    common.normal_start([*G, *D])
+    for layer in [*G, *D]:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # as in DCGAN
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return G.to(memory_format=torch.channels_last), D  # faster on the CPU
 
 

@@ -108,12 +108,16 @@ def generator(d_z, c, side):
     Convolutions, because the pictures of chapter 02's fully connected layers, though better drawn,
     change along few directions of z: many test digits are not among them.
     """
-    widths, small = common.channels(side, 32)
+    widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+    small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = [nn.Linear(d_z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
     for wide, narrow in pairwise([*widths[::-1], c]):
         layers += [nn.BatchNorm2d(wide), nn.ReLU(),
                    nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
-    common.normal_start(layers)
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # as in DCGAN
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     # channels_last: draws faster on the CPU
     return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)
 
@@ -128,7 +132,8 @@ def discriminator(c, side):
         for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), nn.SiLU()]
     else:
-        widths, small = common.channels(side, 32)
+        widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+        small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
         layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
@@ -138,7 +143,8 @@ def discriminator(c, side):
 
 def encoder(d_z, c, side):
     """[B, C, side, side] -> z [B, d_z], no noise."""
-    widths, small = common.channels(side, 32)
+    widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+    small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = []
     for i, o in zip([c, *widths], widths):
         layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1),

@@ -122,7 +122,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, c, side, d_z):
         super().__init__()
-        widths, small = common.channels(side, 16)
+        widths = [16 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+        small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
         features = widths[-1] * small ** 2
         layers = []
         for i, o in pairwise([c, *widths]):

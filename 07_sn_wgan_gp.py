@@ -244,7 +244,9 @@ def generator(d_z, c, side):
     Up to SMALL numbers in a picture: fully connected layers first, and narrow convolutions.
     """
     dense = c * side ** 2 <= SMALL
-    widths, small = common.channels(side, 8 if dense else 32)
+    width = 8 if dense else 32
+    widths = [width * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+    small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = []
     for i, o in pairwise([d_z, *(HIDDEN_G if dense else []), widths[-1] * small ** 2]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
@@ -253,7 +255,10 @@ def generator(d_z, c, side):
         layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
                    nn.BatchNorm2d(o), nn.ReLU()]
     layers[-2:] = [nn.Tanh()]  # the last map is the picture
-    common.normal_start(layers)
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # as in DCGAN
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
 
 
@@ -272,7 +277,8 @@ def discriminator(c, side, sn):
         for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
             layers += [nn.Linear(i, o), activation]
     else:
-        widths, small = common.channels(side, 32)
+        widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
+        small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
         layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), activation]

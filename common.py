@@ -400,30 +400,11 @@ def pick_device(name):
     return device
 
 
-# --- networks, rates, and an average of weights ------------------------------------------------
+# --- rates, and an average of weights -----------------------------------------------------------
 
 def fading(opt, steps):
     """A schedule for a rate: constant for half of the steps, then in a straight line to 0."""
     return LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps))
-
-
-def channels(side, width):
-    """Channels of the maps of a convolutional network, and the side of the smallest map.
-
-    At half the side `width`, then twice as many at each halving; the smallest has 4 to 7 pixels a
-    side, if side >= 8.
-    """
-    halvings = max(1, int(math.log2(side / 4)))
-    return [width * 2 ** i for i in range(halvings)], side // 2 ** halvings
-
-
-def normal_start(layers):
-    """Normal weights of 0.02 and biases of 0, as in DCGAN (Radford et al. 2015), where a layer is
-    linear or a transposed convolution."""
-    for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
 
 
 def average_of(net, steps):

@@ -173,15 +173,6 @@ def test_a_sum_of_all_bytes_is_found_out():
         images.x.shape, images.x.sum().item(), images.y is None or images.y.sum().item()), 0)
 
 
-@given(st.integers(8, 300), st.integers(1, 64))
-def test_maps_halve_down_to_four_to_seven_pixels(side, width):
-    widths, small = common.channels(side, width)
-    assert widths == [width * 2 ** i for i in range(len(widths))]
-    for _ in widths:
-        side //= 2
-    assert side == small and 4 <= small <= 7
-
-
 @pytest.mark.parametrize("steps", [2, 10, 1000])
 def test_a_fading_rate_is_constant_for_half_and_ends_at_zero(steps):
     opt = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)

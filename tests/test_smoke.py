@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("0[1-8]_*.py"))
@@ -77,6 +78,36 @@ def test_the_idea_stands_alone(script):
     idea = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
     exec(code, idea)
     assert found and globals_of(code) <= idea.keys() | vars(builtins).keys() | {"math"}
+
+
+@pytest.mark.parametrize("script, build", [
+    ("01", "VAE(1, 28, 5), VAE(3, 64, 5)"),
+    ("02", "generator(8, 1, 28), generator(8, 3, 64), Discriminator(1, 28, 10, HIDDEN_D, 0)"),
+    ("03", "plane_nets(4), image_nets(8, 1, 28, 28)"),
+    ("04", "generator(8, 1, 28), discriminator(1, 28), discriminator(3, 64), encoder(8, 1, 28)"),
+    ("05", "generator(8, 1, 28), discriminator(1, 28), discriminator(3, 64)"),
+    ("06", "Autoencoder(1, 28, 8), Autoencoder(3, 64, 8)"),
+    ("07", "generator(8, 1, 28), discriminator(1, 28, True), discriminator(3, 64, False)")])
+def test_every_network_is_built_without_common(script, build):
+    """All that stands above "train", without the line `import common`: it can be pasted."""
+    text = source(next(name for name in SCRIPTS if name.startswith(script)))
+    pasted = text.partition("# --- train")[0].replace("\nimport common\n", "\n")
+    names = {"__name__": "pasted"}
+    exec(compile(pasted, script, "exec"), names)
+    assert "common" not in names and eval(build, names)
+
+
+@given(st.integers(8, 300))
+def test_maps_halve_down_to_four_to_seven_pixels(side):
+    """28 -> 14 -> 7; the channels double at each halving, and the last layer takes what is left."""
+    with torch.device("meta"):
+        layers = list(chapter("04").encoder(8, 1, side).modules())
+    widths = [layer.out_channels for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    for _ in widths:
+        side //= 2
+    linear = next(layer for layer in layers if isinstance(layer, torch.nn.Linear))
+    assert widths == [32 * 2 ** i for i in range(len(widths))] and 4 <= side <= 7
+    assert linear.in_features == widths[-1] * side ** 2
 
 
 @pytest.mark.parametrize("one, other, names", [
