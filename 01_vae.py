@@ -18,7 +18,7 @@ See      pictures.png: reconstructions, samples. study.png: 180 steps each with
          MNIST with 100 draws of z (Burda et al. 2015, with 5,000: 86.8).
 Differs  Convolutions with batch norm; in the papers fully connected layers.
 Try      With --z-dim 2, what suffers more, reconstructions or samples?
-Run      python 01_vae.py    (the VAE, and four short trainings for the study)
+Run      python 01_vae.py    (the VAE, and four short runs for the study)
          python 01_vae.py --models vae -k 5 --steps 6400
 """
 
@@ -174,7 +174,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(name, args, c):
-    """The objective of one of MODELS: vae, or one of the four short trainings of study.png."""
+    """The objective of one of MODELS: vae, or one of the four short training runs of study.png."""
     if name == "vae":
         likelihood = args.likelihood or ("bernoulli" if c == 1 else "gaussian")
         return Objective(likelihood, args.x_sigma2, args.k)

@@ -548,7 +548,7 @@ for name in ("minimax", "nonsaturating", "lsgan"):  # what Ahead says goes befor
 def other_size(d_z, c):
     """The coursework's generator: its last two layers make 16x16 to 12x12 and that to 21x21.
 
-    A kernel of 1 with stride 2 leaves most pixels 0 whatever z is, and no training mends that.
+    A kernel of 1 with stride 2 leaves most pixels 0 whatever z is, and no training fixes that.
     """
     return nn.Sequential(
         nn.Unflatten(1, (d_z, 1, 1)),
@@ -574,8 +574,8 @@ def break_it(mistake, method, G, D, c):
     return G, D
 
 
-def unmendable(x, x_fake):
-    """A fault that no training mends: another size, pixels that do not depend on z; None if none.
+def output_fault(x, x_fake):
+    """A fault that training cannot fix: another size, pixels that do not depend on z; None if none.
 
     x, x_fake: [B, C, H, W]. Compare these first if D wins and nothing helps.
     """
@@ -642,8 +642,8 @@ def train(run, args, method, images):
             opt_d.step()
             method.after_d(D)
 
-        if step == 1 and (why := unmendable(x, x_fake)):
-            common.say(f"{run.name}: no training mends this: {why}")
+        if step == 1 and (why := output_fault(x, x_fake)):
+            common.say(f"{run.name}: training cannot fix this: {why}")
 
         # G's half: descend its loss. The gradient flows through D, but is kept for G alone (inputs)
         for g_step in range(args.g_steps):

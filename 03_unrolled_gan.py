@@ -329,7 +329,7 @@ def kl_to_uniform(counts):
 # --- figures -----------------------------------------------------------------------------------
 
 def all_shots(run):
-    """Snapshots by k and step: of the finished trainings, and of the one that goes on."""
+    """Snapshots by k and step: of the finished training runs, and of the one that goes on."""
     shots = {name: numbers["shots"] for name, numbers in run.done.items()}
     return shots if run.name in shots else shots | {run.name: run.kept}
 

@@ -10,14 +10,15 @@ Idea     min mean (x - decode(z))² + λ penalty(z), z = encode(x). The penalty 
          λ = 0.001, doubled after each 14th of the steps, to 2.048 -> weight()
 See      pictures.png: reconstructions, samples, and the way between two codes.
          cdf.png: the codes against N(0, 1) during the training. limits.png and
-         the first table: laws that are not normal, with small penalties. On
-         MNIST the codes of the plain autoencoder have variance 27, so draws of
-         N(0, I) decode to a blur; with moments it is 0.99, and digits come.
+         the first table: distributions that are not normal and have a small
+         penalty. On MNIST the codes of the plain autoencoder have variance 27,
+         so samples of N(0, I) decode to a blur; with moments the variance is
+         0.99, and the samples are digits.
 Differs  In the course λ doubles after each epoch, and z has 100 coordinates; 8,
          as here, in Tolstikhin et al., whose λ is 10 at all steps, and whose
          error is a sum over the pixels.
-Try      Write 1.8 for the 3 in NORMAL: a uniform law has this kurtosis. What do
-         the curves in cdf.png become? Predict, then run.
+Try      Write 1.8 for the 3 in NORMAL, the kurtosis of a uniform distribution.
+         What do the curves in cdf.png become? Predict, then run.
 Run      python 06_wae_moments.py --models moments
 """
 
@@ -49,10 +50,10 @@ def moments(z):
     """Mean, variance and kurtosis of each coordinate of z [B, d]: three tensors [d].
 
     Averages over B, not B - 1: variance = mean (z - mean)², kurtosis = mean (z - mean)⁴ /
-    variance², which is 3 for a normal law (not the excess over it), and nan for a coordinate that
-    is constant, or whose deviations are below about 1e-11 in float32. A constant coordinate has the
-    variance 0, exactly, even if its mean is rounded. Raises ValueError if z does not have two
-    dimensions, or has fewer than 2 codes.
+    variance², which is 3 for a normal distribution (not the excess over it), and nan for a
+    coordinate that is constant, or whose deviations are below about 1e-11 in float32. A constant
+    coordinate has the variance 0, exactly, even if its mean is rounded. Raises ValueError if z does
+    not have two dimensions, or has fewer than 2 codes.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"moments need codes [B, d] with B of 2 or more, not {tuple(z.shape)}")
@@ -66,7 +67,7 @@ def moment_loss(z):
     """Mean over coordinates and moments of (mean - 0)², (variance - 1)², (kurtosis - 3)².
 
     z: [B, d]; returns one number, as a tensor []. Not 0 for a batch of N(0, I): about
-    (1 + 2 + 24) / (3 B), because the moments of a batch differ from those of its law by chance.
+    (1 + 2 + 24) / (3 B), because the moments of a batch are random.
     """
     found = torch.stack(moments(z))
     return F.mse_loss(found, NORMAL.to(found).expand_as(found))
@@ -77,9 +78,10 @@ def mmd_imq(z, z_prior):
 
     z, z_prior: [n, d], [m, d], n, m >= 2; s: each of SCALES. E k(z, z') + E k(u, u') - 2 E k(z, u)
     with means over the pairs. Pairs of a point with itself are left out, so its mean is 0 where
-    both laws agree, and single values may be negative (Gretton et al. 2012, eq. 3). Float32 is
-    enough for codes far from 0: small distances among them are not lost in rounding. Returns one
-    number, as a tensor []. Raises ValueError for fewer than 2 points or codes of unequal length.
+    both distributions agree, and single values may be negative (Gretton et al. 2012, eq. 3).
+    Float32 is enough for codes far from 0: small distances among them are not lost in rounding.
+    Returns one number, as a tensor []. Raises ValueError for fewer than 2 points or codes of
+    unequal length.
     """
     if min(len(z), len(z_prior)) < 2 or z.shape[1:] != z_prior.shape[1:]:
         raise ValueError(f"MMD needs two sets of 2 or more codes of equal length, not "
@@ -232,16 +234,16 @@ def three_points(n, d):
 
 
 def limits(args, done):
-    """code_report by name: of draws of three laws, and of the codes of each model."""
+    """code_report by name: of draws of three distributions, and of the codes of each model."""
     torch.manual_seed(args.seed + 1)  # 0 is the seed of the draws in code_report
     n, d = args.n_codes, args.z_dim
-    laws = {"N(0, I)": torch.randn(n, d), "three points, one coordinate": three_points(n, 1),
-            f"three points, {d} coordinates": three_points(n, d)}
+    samples = {"N(0, I)": torch.randn(n, d), "three points, one coordinate": three_points(n, 1),
+               f"three points, {d} coordinates": three_points(n, d)}
     for name, result in done.items():
-        laws[f"codes of {name}"] = result["codes"]
-        laws[f"{name}, test pictures"] = result["test codes"]
-        laws[f"{name}, shuffled"] = shuffled(result["codes"])
-    return {law: code_report(z, n) for law, z in laws.items()}
+        samples[f"codes of {name}"] = result["codes"]
+        samples[f"{name}, test pictures"] = result["test codes"]
+        samples[f"{name}, shuffled"] = shuffled(result["codes"])
+    return {name: code_report(z, n) for name, z in samples.items()}
 
 
 def pictures(net, x, z, samples, fitted):
@@ -299,7 +301,8 @@ def figures(args, images, done, log):
     fig, axes = common.figure(1, 1 + len(done), 3 + 3 * len(done), 3.2,
                               f"What moments do not see, {images.name}, seed {args.seed}")
     axes[0, 0].bar([-3 ** 0.5, 0, 3 ** 0.5], [1 / 6, 2 / 3, 1 / 6], width=0.1)
-    axes[0, 0].set(title="a law with the\nmoments 0, 1, 3", xlabel="value", ylabel="probability")
+    axes[0, 0].set(title="a distribution with the\nmoments 0, 1, 3", xlabel="value",
+                   ylabel="probability")
     for ax, (name, result) in zip(axes[0, 1:], done.items()):
         draw_dependence(ax, result["codes"][:args.n_codes])
         ax.set_title(f"two dependent coordinates\nof the codes of {name}")
@@ -374,9 +377,9 @@ def main(argv=None):
         figures(args, images, run.done, run.rows)
         report = limits(args, run.done)
         columns = list(report["N(0, I)"])
-        common.print_table(["law", *columns], [
-            [law, *(f"{numbers[column]:.3g}" for column in columns)]
-            for law, numbers in report.items()])
+        common.print_table(["distribution", *columns], [
+            [name, *(f"{numbers[column]:.3g}" for column in columns)]
+            for name, numbers in report.items()])
         columns = ["mse", "distance", "fitted distance"]
         common.print_table([f"{images.name}: model", *columns], [
             [name, *(f"{numbers[column]:.4g}" for column in columns)]

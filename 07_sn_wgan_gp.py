@@ -714,10 +714,10 @@ def parse_args(argv=None):
 
 def train_models(run, args, images, ruler):
     """Trains every model with every n_critic; draws, prints and writes what they have come to."""
-    trainings = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
+    models = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
                  for n in args.n_critic for name in args.models}
-    for name in run.each(trainings):
-        G, samples = train(run, args, *trainings[name], images, ruler)
+    for name in run.each(models):
+        G, samples = train(run, args, *models[name], images, ruler)
         common.save(samples.cpu(), args.out / f"samples_{name}.pt")
         common.save(G.state_dict(), args.out / f"weights_{name}.pt")
         run.done[name] = {"slope": run.rows[-1]["slope"], "G": G.state_dict(),

@@ -479,7 +479,7 @@ def covered(layers):
 
 # from a code of one pixel: 4, 8, 16; then the report's last two layers, and two that give 28
 TO_16 = [(4, 1, 0), (4, 2, 1), (4, 2, 1)]
-REPORT_G, MENDED_G = TO_16 + [(1, 1, 2), (1, 2, 1)], TO_16 + [(3, 1, 2), (4, 2, 1)]
+REPORT_G, FIXED_G = TO_16 + [(1, 1, 2), (1, 2, 1)], TO_16 + [(3, 1, 2), (4, 2, 1)]
 
 
 @holds
@@ -489,26 +489,26 @@ def transposed_coverage_():
     The report asks why it gets digits wrong every time. Its last two layers have kernels of 1: with
     padding 2 the first cuts 16 to 12, and stride 2 with padding 1 spreads 12 to 21 with gaps. MNIST
     has 28x28 and a ground of -1, so D needs only the ground. No loss or label can help: compare the
-    shapes and the ground of real and fake first. The check draws 20 codes. MENDED_G has no gaps."""
+    shapes and the ground of real and fake first. The check draws 20 codes. FIXED_G has no gaps."""
     def draw(layers):
         x = torch.randn(20, 1, 1, 1)
         for kernel, stride, padding in layers:
             x = F.conv_transpose2d(x, torch.randn(1, 1, kernel, kernel), None, stride, padding)
         return x[:, 0]
 
-    report, mended = ((draw(layers) != 0).any(dim=0) for layers in (REPORT_G, MENDED_G))
+    report, fixed = ((draw(layers) != 0).any(dim=0) for layers in (REPORT_G, FIXED_G))
     expected = "21x21, 77.3% empty"
     text = f"{len(report)}x{len(report)}, {(~report).double().mean():.1%} empty"
-    return (expected, f"{text} (mended: {len(mended)}x{len(mended)}, "
-            f"{(~mended).double().mean():.0%})",
-            text == expected and torch.equal(mended, torch.ones(28, 28).bool())
-            and torch.equal(report, covered(REPORT_G)) and torch.equal(mended, covered(MENDED_G)))
+    return (expected, f"{text} (fixed: {len(fixed)}x{len(fixed)}, "
+            f"{(~fixed).double().mean():.0%})",
+            text == expected and torch.equal(fixed, torch.ones(28, 28).bool())
+            and torch.equal(report, covered(REPORT_G)) and torch.equal(fixed, covered(FIXED_G)))
 
 
 @figure("transposed_coverage", "Which pixels does the generator reach? White: they depend on the "
         "code. Black: 0 in every picture.", panels=2)
 def draw_transposed_coverage(*panels):
-    for ax, layers, name in zip(panels, (REPORT_G, MENDED_G), ("the report's", "mended")):
+    for ax, layers, name in zip(panels, (REPORT_G, FIXED_G), ("the report's", "fixed")):
         reached = covered(layers)
         ax.imshow(reached, cmap="gray", vmin=0, vmax=1)
         last = ";\n".join("kernel {}, stride {}, padding {}".format(*one) for one in layers[-2:])

@@ -179,7 +179,7 @@ class Run:
     """One execution of a chapter: its device, its processes, and how far it has come.
 
         with Run(args) as run:                          # takes --out, and gives it back at the end
-            for name in run.each(names):                # the trainings that are not over yet
+            for name in run.each(names):                # the training runs that are not over yet
                 ...
                 batches = run.batches(images, 64)
                 for step in run.steps(800, net=net, opt=opt):
@@ -190,7 +190,7 @@ class Run:
 
     `steps` writes the checkpoint between two steps: ten times in a training, and on Ctrl-C. After
     --resume the same loops go on where they were. Attributes: device; step, of total; done, the
-    results by name; rows, the log of all trainings; kept, a dict for what a training collects;
+    results by name; rows, the log of all training runs; kept, a dict for what a training collects;
     shots, the pictures of process.png by training and step.
 
     Under torchrun every process runs the same lines on its part of each batch. Gradients are
@@ -235,7 +235,7 @@ class Run:
         self.pressed = True
 
     def each(self, names):
-        """The names of the trainings that are not over yet, one after the other."""
+        """The names of the training runs that are not over yet, one after the other."""
         if not self.looked:  # not earlier: load_images adds to args what is compared with it
             self.saved, self.looked = load_checkpoint(self.args), True
             if self.saved:
@@ -340,7 +340,7 @@ class Run:
         self.rows[-1] |= more
 
     def shoot(self, x):
-        """Adds pictures x of this step, [N, C, H, W] in [-1, 1], to process.png, written anew."""
+        """Adds pictures x of this step, [N, C, H, W] in [-1, 1], to process.png, written again."""
         first = not self.shots
         self.shots.setdefault(self.name, {})[self.step] = to_uint8(x).cpu()
         save_process(self.args.out / "process.png", self.shots,
@@ -734,7 +734,7 @@ def decoded(args, folder, files):
     stamps = {file: f"{true!a} {stat.st_size} {stat.st_mtime_ns}"
               for file, true in files.items() for stat in [file.stat()]}
     known = {}
-    with contextlib.suppress(Exception):  # a missing or broken file is made anew
+    with contextlib.suppress(Exception):  # a missing or broken file is made again
         saved = torch.load(kept, weights_only=True)
         if saved["size"] == size:
             known = dict(zip(saved["stamps"], saved["x"], strict=True))
@@ -1036,7 +1036,7 @@ def draw_digits(n, seed):
 def load_digits(args, train):
     """20,000 training or 4,000 test digits, the same for everyone; drawn once, kept as one file."""
     kept = args.data_dir / "digits.pt"
-    with contextlib.suppress(Exception):  # a missing or broken file is drawn anew
+    with contextlib.suppress(Exception):  # a missing or broken file is drawn again
         return Images(*torch.load(kept, weights_only=True)[train], "drawn digits")  # [test, train]
     both = [draw_digits(4_000, seed=1), draw_digits(20_000, seed=0)]
     with contextlib.suppress(OSError, RuntimeError):  # not kept: that costs seconds, no more
@@ -1442,7 +1442,7 @@ def stamp_of(images):
 def settings(args):
     """The flags that decide the numbers, as text: --resume needs the same ones.
 
-    Lists name the trainings to make, and a run may go on with more of them.
+    Lists name the training runs to make, and a run may go on with more of them.
     """
     return {"script": args.script, "processes": str(processes())} | {
         name: str(value) for name, value in vars(args).items()
@@ -1503,8 +1503,8 @@ def tell_replaced(out):
                 f"a run that has come to {place(saved)} (--resume goes on with it)")
         except Exception:  # it is replaced whatever is wrong with it
             left = "a checkpoint that cannot be read"
-        print(f"{relative(out)} holds {left}: this run begins anew and replaces its "
-          "log and figures; weights and samples of other trainings stay")
+        print(f"{relative(out)} holds {left}: this run begins again and replaces its "
+          "log and figures; weights and samples of other training runs stay")
 
 
 def restore(saved, parts):

@@ -483,16 +483,16 @@ def test_each_mistake_leaves_its_trace(mistake):
         assert abs(loss - math.log(2)) < 0.1
         assert "halves" in losses.fingerprint(math.log(2), math.log(2))
     else:
-        assert x_fake.shape == (4, 1, 21, 21) and "77.3%" in losses.unmendable(x, x_fake)
+        assert x_fake.shape == (4, 1, 21, 21) and "77.3%" in losses.output_fault(x, x_fake)
 
 
 def test_constant_pixels_and_other_sizes_are_told():
     x, x_fake = torch.rand(8, 1, 5, 5) - 2, torch.rand(8, 1, 5, 5)
     x[0, 0, 0, :2] = -1.0
-    assert losses.unmendable(x, x_fake) is None and losses.unmendable(x, x_fake[:1]) is None
+    assert losses.output_fault(x, x_fake) is None and losses.output_fault(x, x_fake[:1]) is None
     x_fake[:, :, :, 4] = 0.5
-    assert "20.0% of G's pixels are the same for every z: 0.5, " in losses.unmendable(x, x_fake)
-    assert "(1, 5, 5), G draws (1, 4, 5)" in losses.unmendable(x, x_fake[:, :, :4])
+    assert "20.0% of G's pixels are the same for every z: 0.5, " in losses.output_fault(x, x_fake)
+    assert "(1, 5, 5), G draws (1, 4, 5)" in losses.output_fault(x, x_fake[:, :, :4])
 
 
 # --- measures ----------------------------------------------------------------------------------

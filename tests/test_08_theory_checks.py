@@ -213,8 +213,8 @@ def test_a_generator_of_the_report_leaves_out_what_the_picture_shows():
     """Odd rows and columns: 10 of 21, 100 of 441 pixels."""
     reached = theory.covered(theory.REPORT_G)
     assert reached.shape == (21, 21) and reached.sum() == 100 and reached[1::2, 1::2].all()
-    mended = theory.covered(theory.MENDED_G)
-    assert mended.shape == (28, 28) and mended.all()
+    fixed = theory.covered(theory.FIXED_G)
+    assert fixed.shape == (28, 28) and fixed.all()
 
 
 def layers_of(modules):
@@ -777,7 +777,7 @@ def test_truncated_variance_is_the_integral(limit):
 @about("truncated_normal_variance", edge=True)
 @given(st.floats(1e-150, 1))
 def test_truncated_variance_of_small_limits_keeps_its_digits(limit):
-    """The same integral by a relative bound: it is the variance of a uniform law, limit² / 3."""
+    """The same integral by a relative bound: near limit² / 3, that of a uniform one."""
     density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
     expected = limit ** 2 * ((density * NODES ** 2).sum() / density.sum())
     assert_close(theory.truncated_normal_variance(limit), float(expected), rtol=100 * EPS, atol=0)
@@ -949,7 +949,7 @@ def test_a_wrong_twin_fails_the_property_and_the_claim(test, case, claim, name, 
     ("rf-recursion", "receptive_field", lambda net: (  # padding does not widen it
         sum(original.receptive_field(net)[::2]), *original.receptive_field(net)[1:])),
     ("detector-shapes", "receptive_field", lambda net: original.receptive_field(net[1:])),
-    ("transposed-coverage", "REPORT_G", theory.MENDED_G),
+    ("transposed-coverage", "REPORT_G", theory.FIXED_G),
     ("posterior-collapse", "linear_elbo",
      lambda *args: original.linear_elbo(*args) + original.kl_standard_normal(*args[3:])),
     ("vae-mean", "picture_error", lambda x, answer: (x - answer).abs().sum(1).mean()),

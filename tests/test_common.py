@@ -218,8 +218,8 @@ TEN = common.Images(torch.arange(160, dtype=torch.uint8).view(10, 1, 4, 4), torc
 
 
 def toy(args, names=("a", "b"), in_step=lambda run: None):
-    """Trainings of 12 steps that need all that a checkpoint holds: weights, Adam, the rate, noise,
-    the order of the data, what was kept, and the result of the training before."""
+    """Training runs of 12 steps that need all that a checkpoint holds: weights, Adam, the learning
+    rate, noise, the order of the data, what was kept, and the result of the run before."""
     with common.Run(args) as run:
         for name in run.each(names):
             torch.manual_seed(args.seed + len(run.done))
@@ -347,7 +347,7 @@ def test_what_is_not_finite_is_named_and_never_saved(tmp_path, straight, capsys,
 def test_a_finished_run_can_be_given_a_second_model(tmp_path, straight):
     args = arguments(tmp_path, "--resume", "-k", 0)
     toy(args, names=["a"])
-    args.k = [0, 5]  # flags that are lists name the trainings
+    args.k = [0, 5]  # flags that are lists name the training runs
     assert toy(args) == straight
 
 

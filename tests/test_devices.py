@@ -58,7 +58,7 @@ def meta(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: 9)
     monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: 1.0)
-    monkeypatch.setattr(losses, "unmendable", lambda x, x_fake: None)
+    monkeypatch.setattr(losses, "output_fault", lambda x, x_fake: None)
     monkeypatch.setattr(F, "one_hot", one_hot)
     adam = torch.optim.Adam  # the fused one has no meta version
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, fused=False, **rest: adam(*args, **rest))

@@ -114,7 +114,7 @@ def test_maps_halve_down_to_four_to_seven_pixels(side):
     ("02", "07", "gradient_norms gradient_penalty clip wgan_d wgan_g generate"),
     ("04", "05", "generator discriminator train_generator")])
 def test_what_chapters_repeat_they_repeat_to_the_letter(one, other, names):
-    """But for docstrings: a reader of both meets only what is new; a bug is mended in both."""
+    """But for docstrings: a reader of both meets only what is new; a bug is fixed in both."""
     for name in names.split():
         functions = [ast.parse(inspect.getsource(getattr(chapter(number), name))).body[0]
                      for number in (one, other)]
