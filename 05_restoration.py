@@ -1,22 +1,19 @@
-r"""05 - Restoration: repair a damaged picture with a trained generator G.
+r"""05 - Restoration: a trained generator G fills in the missing part of a picture.
 
 Papers   Yeh et al. 2017, arXiv:1607.07539 (the pixels that were seen choose z);
          Bora et al. 2017, arXiv:1703.03208 (min ‖A G(z) - y‖² + λ ‖z‖²)
-Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖², m is 1 where y was seen
-                                                                   -> restore()
+Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖², where the mask m is 1 where y
+         was seen and 0 where it is hidden                          -> restore()
          If y = G(z) + noise of variance λ, z* is the most probable z given y.
-         The repaired picture is m y + (1 - m) G(z*).
-         Blind, as coursework does it: m = 1 everywhere, so that G is asked to
-         draw the damage too.
-See      restored.png: six kinds of damage and their repair. noise.png: the same
-         for normal noise. own.png alone if --image is given. The next run takes
-         G from generator.pt. Printed: PSNR (peak signal-to-noise ratio, high is
-         good). On the pixels of a hidden square on MNIST it is 12.3 dB, blind
-         8.4, and 10.4 if they are filled with the mean of their neighbours.
-Differs  λ ‖z‖² in place of Yeh et al.'s penalty log(1 - D(G(z))); all seen
-         pixels weigh the same; a plain paste, no Poisson blending; the search
-         starts from the best of 2,000 random z.
-Try      --lam 0.03: do the repaired pictures gain or lose? Predict, then run.
+         The restored picture is m y + (1 - m) G(z*).
+         Blind, as in the reports: m = 1, so that G has to fit the damage too.
+See      restored.png: six kinds of damage. noise.png: normal noise. Printed:
+         PSNR (peak signal-to-noise ratio in dB, high is good). Pixels of a
+         hidden square on MNIST: 12.5 with known mask, 8.4 blind, 10.4 for the
+         mean of the neighbours. With --image own.png alone.
+Differs  Yeh et al. take absolute errors (L1), with more weight near a hole, and
+         log(1 - D(G(z))) in place of λ ‖z‖²; they blend the edges (Poisson).
+Try      --lam 0.03: do the restored pictures gain or lose? Predict, then run.
 Run      python 05_restoration.py
          python 05_restoration.py --image photo.jpg --mask scribble.png
 """
@@ -24,110 +21,107 @@ Run      python 05_restoration.py
 import math
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.transforms import functional as TF
 
 import common
 
 LR_D, LR_G, ADAM_BETAS = 5e-4, 2e-3, (0.0, 0.9)
-SMALL = 1024                     # numbers in a picture up to which D is fully connected
-HIDDEN_D = [512, 512]            # units of its layers
-SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of the training after which process.png is written
-N_TEST, N_NOISE = 200, 60        # test pictures for each mask, and for each level of noise
-N_POOL = 2000                    # random z; those whose pictures fit y best are the starts
-N_SAMPLES = 10_000               # pictures in samples.pt
-CHUNK = 125                      # rows of z in one batch: 500 do not fit into a CPU's cache
+SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of the steps after which process.png is written
+N_TEST, N_NOISE = 200, 60          # test pictures for each mask, and for each level of noise
+N_SAMPLES, CHUNK = 10_000, 125     # pictures in samples.pt; z in a batch (more: slower on a CPU)
 
 
 # --- the idea ----------------------------------------------------------------------------------
 
-def seen(mask, *pictures):
-    """Where the mask is 1, as booleans of its shape that broadcast with the pictures [N, C, H, W].
+def check_starts(G, x, z0):
+    """Raises ValueError if G is in training mode, where batch norm lets the pictures of a batch
+    change each other, or if the N pictures x, the starts z0 [N, R, d] and G(z) do not fit."""
+    if any(module.training for module in G.modules()):
+        raise ValueError("G must be in evaluation mode: call G.eval()")
+    if z0.ndim != 3 or len(z0) != len(x):
+        raise ValueError(f"z0 must be [N, R, d] with N = {len(x)} pictures, not {list(z0.shape)}")
+    picture = G(z0[:1, 0].detach())
+    if picture.shape[1:] != x.shape[1:]:
+        raise ValueError(f"G generates {list(picture.shape[1:])}, the pictures are {list(x.shape)}")
 
-    mask: [N, 1, H, W] or [N, C, H, W], of any type, bool too. Raises ValueError if the pictures
-    differ in shape, or if the mask has not their four dimensions, each of the same size or 1.
-    """
-    shape = pictures[0].shape
-    if (any(x.shape != shape for x in pictures) or mask.ndim != len(shape)
-            or any(m not in (1, size) for m, size in zip(mask.shape, shape))):
-        shapes = [tuple(x.shape) for x in pictures]
-        raise ValueError(f"a mask {tuple(mask.shape)} does not fit pictures {shapes}")
-    return mask == 1
+
+def check_mask(mask, *pictures):
+    """Raises ValueError unless the pictures have one shape [N, C, H, W], and the mask is [N or 1,
+    C or 1, H, W] of type bool, or of any type with the values 0 and 1 alone."""
+    shapes = [list(x.shape) for x in pictures]
+    n, c, *side = shapes[0] if len(shapes[0]) == 4 else (0, 0)
+    fits = [[i, j, *side] for i in (1, n) for j in (1, c)]
+    if any(shape != shapes[0] for shape in shapes) or list(mask.shape) not in fits:
+        raise ValueError(f"a mask {list(mask.shape)} does not fit pictures {shapes}")
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("a mask has the values 0 and 1, or is bool: compare a picture with 127")
 
 
 def misfit(G, z, y, mask):
-    """‖m (G(z) - y)‖² of each picture, [B]: the sum over channels and pixels that were seen.
+    """‖m (G(z) - y)‖² of each picture, [B]: the sum over the seen pixels of all channels.
 
-    z: [B, d]; y: [B, C, H, W]; mask: as in seen(). What y holds where the mask is not 1, even nan,
-    changes neither the value nor its gradient in z. Raises ValueError if the sizes do not fit.
+    z: [B, d]; y: [B, C, H, W]; mask: 1 = seen, 0 = hidden, see check_mask(). What y holds where it
+    is hidden, even nan, changes neither the value nor its gradient.
     """
     x = G(z)
-    error = torch.where(seen(mask, x, y), x - y, 0.0)  # 0 times nan would be nan
+    check_mask(mask, x, y)
+    error = torch.where(mask == 1, x - y, 0.0)  # a product would be nan where y is
     return (error ** 2).flatten(1).sum(dim=1)
 
 
 def restore(G, y, mask, z0, steps, lr, lam):
     """z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖² by Adam, from R starts for each of N pictures.
 
-    y: [N, C, H, W] in [-1, 1]; mask: [N, 1, H, W] or [N, C, H, W] of any type, 1 = seen, 0 =
-    hidden: what y holds there, even nan, does not matter; z0: [N, R, d]; lam: λ, the variance of
-    one pixel's error, G's and that of noise. They may have any memory layout. The squares are
-    summed, over the seen pixels of all channels and over the numbers of z. Each of the N R rows of
-    z moves as if it were alone. The learning rate falls from lr to 0 along a cosine. Returns z
-    [N, d] of the start that ends lowest for each picture, and the objective [N, R] at the end of
-    all. With 0 steps the end is the start. A start that ends at nan loses to all others, even to an
-    infinite objective. Raises ValueError if the sizes do not fit, or if G is in training mode, in
-    which batch norm would let the pictures of a batch change each other.
+    y: [N, C, H, W] in [-1, 1]; mask: [N, 1, H, W], or [1, 1, H, W] for all pictures, or with C
+    channels, bool or 1 = seen, 0 = hidden; what y holds where it is hidden, even nan, does not
+    matter; z0: [N, R, d]; lam: λ, the variance of one pixel's error: that of G plus that of noise.
+    Squares are summed over the seen pixels of all channels, and over the dimensions of z. Each row
+    of z moves as if it were alone; the learning rate falls from lr to 0 along a cosine; with 0
+    steps z* is the start. Returns z [N, d] of the start that ends lowest for each picture, and the
+    objectives at the end, [N, R], both without gradient. A start that ends at nan is never chosen:
+    even inf is better. G and z0 do not change. Raises ValueError: check_starts(), check_mask().
     """
-    if any(module.training for module in G.modules()):
-        raise ValueError("G must be in evaluation mode: call G.eval()")
+    check_starts(G, y, z0)
+    check_mask(mask, y)
     n, r, d = z0.shape
-    z = z0.detach().clone().reshape(n * r, d).requires_grad_()  # Adam moves it in place
-    y, mask = (a.repeat_interleave(r, dim=0) for a in (y, mask))
+    z = z0.detach().clone().reshape(n * r, d).requires_grad_()  # Adam changes it in place
+    target, seen = (a.repeat_interleave(r, dim=0) for a in (y, (mask == 1).expand(n, -1, -1, -1)))
     opt = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.9))  # beta2 = 0.999 needs twice the steps
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-
-    def objective():
-        return misfit(G, z, y, mask) + lam * (z ** 2).sum(dim=1)
-
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    objective = lambda: misfit(G, z, target, seen) + lam * (z ** 2).sum(dim=1)
     for _ in range(steps):
         opt.zero_grad()
-        objective().sum().backward(inputs=[z])  # rows are independent: each gets its own gradient
+        objective().sum().backward(inputs=[z])  # a sum: a row gets the gradient of its own term
         opt.step()
-        rate.step()
+        schedule.step()
     with torch.no_grad():
         objectives = objective().reshape(n, r)
-    best = objectives.nan_to_num(nan=math.inf).argmin(dim=1)
+    best = objectives.nan_to_num(nan=math.inf).argmin(dim=1)  # argmin would choose a nan
     return z.detach().reshape(n, r, d)[torch.arange(n), best], objectives
 
 
-# --- the damage --------------------------------------------------------------------------------
-# Masks for pictures of side x side pixels; rng: a torch.Generator.
+# --- the damage, and a baseline ----------------------------------------------------------------
+# Masks of floats, 1 = seen, 0 = hidden, for n pictures of side x side. rng: a torch.Generator.
 
 def pepper(n, side, rng):
-    """A mask [n, 1, side, side] of floats, 1 = seen, 0 = hidden: it hides 30 % of the pixels.
-
-    These are exactly round(0.3 side²), at random places, other ones in each picture.
-    """
+    """Mask [n, 1, side, side]: 0 at round(0.3 side²) random pixels of each picture, 1 elsewhere."""
     order = torch.rand(n, side * side, generator=rng).argsort(dim=1)
     return (order >= round(0.3 * side * side)).float().view(n, 1, side, side)
 
 
 def crosswalk(n, side, rng):
-    """A mask [n, 1, side, side], 1 = seen, 0 = hidden: it hides the second, fourth, ... row."""
-    rows = (torch.arange(side) % 2 == 0).float()
-    return rows.view(1, 1, side, 1).expand(n, 1, side, side).clone()
+    """Mask [n, 1, side, side]: 0 in the second, fourth, ... row, 1 elsewhere."""
+    return (torch.arange(side).view(1, 1, side, 1).expand(n, 1, side, side) % 2 == 0).float()
 
 
 def square(n, side, rng):
-    """A mask [n, 1, side, side], 1 = seen, 0 = hidden: it hides a square inside each picture.
-
-    Its width is round(2/7 side), 8 pixels of 28. All places are equally likely, up to the corners.
-    """
+    """Mask [n, 1, side, side]: 0 in a square, round(2/7 side) wide, at any place inside; else 1."""
     width = round(side * 2 / 7)
     corner = torch.randint(side - width + 1, (n, 2, 1), generator=rng)
     line = torch.arange(side)
@@ -136,11 +130,7 @@ def square(n, side, rng):
 
 
 def holes(n, side, rng, count):
-    """A mask [n, 1, side, side], 1 = seen, 0 = hidden: it hides `count` discs in each picture.
-
-    Their diameter is a quarter of the side, 7 pixels of 28. They lie inside the picture, at random
-    and independent places, so they may overlap.
-    """
+    """Mask [n, 1, side, side]: 0 in `count` discs, side / 4 wide, at any places inside; else 1."""
     radius = side / 8
     centre = radius + (side - 2 * radius) * torch.rand(n, count, 2, 1, 1, generator=rng)
     line = torch.arange(side) + 0.5
@@ -148,30 +138,26 @@ def holes(n, side, rng, count):
     return (distance2 > radius ** 2).all(dim=1).float()[:, None]
 
 
-MASKS = {"pepper": pepper, "square": square, "crosswalk": crosswalk,
-         "1 hole": partial(holes, count=1), "2 holes": partial(holes, count=2),
-         "3 holes": partial(holes, count=3)}
+MASKS = {"pepper": pepper, "square": square, "crosswalk": crosswalk, "1 hole": partial(
+    holes, count=1), "2 holes": partial(holes, count=2), "3 holes": partial(holes, count=3)}
 
-
-# --- the baseline ------------------------------------------------------------------------------
 
 def neighbours(y, mask):
-    """y [N, C, H, W] whose hidden pixels are filled with means of their neighbours, from the rim
-    of the hole inwards.
+    """y [N, C, H, W] whose hidden pixels are filled from the rim of a hole inwards: in each round
+    those with values among the eight pixels around them get the mean of these values.
 
-    mask: as in seen(). In each round every hidden pixel that has neighbours with a value, among the
-    eight around it, gets the mean of these; the values of a round count from the next round on.
-    What was seen stays as it is, and what y holds where it is hidden, even nan, does not matter.
-    Raises ValueError if nothing was seen of a picture, or the sizes do not fit.
+    mask: 1 = seen, 0 = hidden, see check_mask(). Seen pixels do not change; what y holds where it
+    is hidden, even nan, does not matter. Raises ValueError also if nothing of a picture was seen.
     """
-    known = seen(mask, y)
+    check_mask(mask, y)
+    known = (mask == 1).expand(len(y), -1, -1, -1)
     if not known.flatten(1).any(dim=1).all():
         raise ValueError("a picture of which nothing was seen has no seen neighbours")
     known, filled = known.to(y), torch.where(known, y, 0.0)
     while not known.all():
-        count = F.avg_pool2d(known, 3, stride=1, padding=1)
-        means = F.avg_pool2d(filled, 3, stride=1, padding=1) / count.clamp(min=1e-6)
-        new = (known == 0) & (count > 0)
+        share = F.avg_pool2d(known, 3, stride=1, padding=1)  # of neighbours with a value
+        means = F.avg_pool2d(filled, 3, stride=1, padding=1) / share.clamp(min=1e-6)
+        new = (known == 0) & (share > 0)
         filled, known = torch.where(new, means, filled), torch.where(new, 1.0, known)
     return filled
 
@@ -179,33 +165,30 @@ def neighbours(y, mask):
 # --- model -------------------------------------------------------------------------------------
 
 def generator(d_z, c, side):
-    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Initial weights as in DCGAN: N(0, 0.02²).
 
-    Convolutions, because the pictures of chapter 02's fully connected layers, though better drawn,
-    change along few directions of z: many test digits are not among them.
+    Convolutions: fully connected layers, as in 02, reach better samples, but fewer test digits.
     """
     widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
     small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = [nn.Linear(d_z, widths[-1] * small ** 2), nn.Unflatten(1, (widths[-1], small, small))]
-    for wide, narrow in pairwise([*widths[::-1], c]):
-        layers += [nn.BatchNorm2d(wide), nn.ReLU(),
-                   nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)]
+    for i, o in pairwise([*widths[::-1], c]):
+        layers += [nn.BatchNorm2d(i), nn.ReLU(),
+                   nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1)]
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # as in DCGAN
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    # channels_last: draws faster on the CPU
+    # channels_last: faster on the CPU
     return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)
 
 
 def discriminator(c, side):
-    """[B, C, side, side] -> logits [B]. No batch norm.
-
-    Up to SMALL numbers in a picture: fully connected layers, else convolutions.
-    """
-    if c * side ** 2 <= SMALL:
-        layers, features = [nn.Flatten()], HIDDEN_D[-1]
-        for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
+    """[B, C, side, side] -> logits [B], without batch norm. Pictures of at most 1,024 values get
+    fully connected layers, larger ones convolutions."""
+    if c * side ** 2 <= 1024:
+        layers, features = [nn.Flatten()], 512
+        for i, o in pairwise([c * side ** 2, 512, 512]):
             layers += [nn.Linear(i, o), nn.SiLU()]
     else:
         widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
@@ -220,304 +203,297 @@ def discriminator(c, side):
 # --- train -------------------------------------------------------------------------------------
 
 def train_generator(run, args, G, D, images):
-    """Trains G against D; returns an average of G's weights, over about a quarter of the steps."""
-    lower = min(1.0, (28 / images.x.shape[2]) ** 2)  # LR_G and LR_D are for 28 pixels
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr * lower, betas=ADAM_BETAS, fused=True)
-                    for net, lr in ((G, LR_G), (D, LR_D)))
-    rate_g, rate_d = (common.fading(opt, args.steps) for opt in (opt_g, opt_d))
-    average = common.average_of(G, args.steps)
+    """Trains G against D. Returns a state_dict of G in which the weights are a moving average."""
+    lr_scale = min(1.0, (28 / images.x.shape[2]) ** 2)  # LR_G and LR_D are for 28 pixels
+    opt_g = torch.optim.Adam(G.parameters(), LR_G * lr_scale, betas=ADAM_BETAS, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), LR_D * lr_scale, betas=ADAM_BETAS, fused=True)
+    # the learning rates are constant for half of the steps, then they fall linearly to 0
+    fall = lambda step: min(1, 2 - 2 * step / args.steps)
+    schedule_g, schedule_d = LambdaLR(opt_g, fall), LambdaLR(opt_d, fall)
+    # averaged over about the last quarter of the steps, the weights generate better pictures
+    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-4 / args.steps)))
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)
     batches = run.batches(images, args.batch)
 
     for _ in run.steps(args.steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
-                       rate_g=rate_g, rate_d=rate_d):
-        # D descends -E log σ(D(x)) - E log(1 - σ(D(G(z)))), G untouched
+                       schedule_g=schedule_g, schedule_d=schedule_d):
+        # D minimises -mean log σ(D(x)) - mean log(1 - σ(D(G(z)))), where -log σ(a) = softplus(-a)
         x, _ = next(batches)
         x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
-        real, fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
-        loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+        logits_real, logits_fake = D(torch.cat([x, x_fake.detach()])).split(len(x))
+        loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         opt_d.zero_grad()
         loss_d.backward()
         opt_d.step()
 
-        # G descends -E log σ(D(G(z))), D untouched
+        # G minimises -mean log σ(D(G(z))); inputs=...: no gradient is stored in D
         loss_g = F.softplus(-D(x_fake)).mean()
         opt_g.zero_grad()
-        loss_g.backward(inputs=tuple(G.parameters()))
+        loss_g.backward(inputs=[*G.parameters()])
         opt_g.step()
         average.update_parameters(G)
 
-        rate_d.step()
-        rate_g.step()
+        schedule_d.step()
+        schedule_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
-        if run.at(SHOTS):
-            common.settle(average, z_fixed[:1000])
+        if run.at(SNAPSHOTS):
+            # batch norm's running statistics belong to other weights: compute the average's own
+            update_bn(z_fixed[:1000].split(1000), average)
             with torch.no_grad():
-                run.shoot(average.eval()(z_fixed[:36]))
+                run.snapshot(average.eval()(z_fixed[:36]))
             average.train()
 
-    common.settle(average, z_fixed)
+    update_bn(z_fixed.split(1000), average)
     return average.module.state_dict()
 
 
-def trained(run, args, images):
-    """G: trained now, unless --generator or generator.pt has it."""
-    torch.manual_seed(args.seed)
-    c, side = images.x.shape[1:3]
-    G, D = (net.to(run.device) for net in (
-        generator(args.z_dim, c, side), discriminator(c, side)))
-    fits = {"shape": str([c, side, side]), "z_dim": str(args.z_dim)}
-    decided = {**fits, "data": images.name, "seed": str(args.seed), "steps": str(args.steps),
-               "batch": str(args.batch), "train_stamp": images.stamp}
-    path = args.out / "generator.pt"
-    if args.generator:  # it may have been trained in any way, and on any data
-        kept = common.load_kept(args.generator, ("G",), fits)
-    elif path.exists():  # for a picture of one's own, however long it was trained
-        kept = common.load_kept(path, ("G",), {**fits, "data": images.name} if args.image
-                                else decided)
-    else:
-        for name in run.each(["generator"]):  # once, or not at all if --resume has it
-            run.done[name] = train_generator(run, args, G, D, images)
-        kept = {"settings": decided, "G": run.done["generator"]}
-        common.save(kept, path)
-    G.load_state_dict(kept["G"])
-    return G.eval().requires_grad_(False)
-
-
-# --- measures ----------------------------------------------------------------------------------
+# --- measure -----------------------------------------------------------------------------------
 
 def psnr(a, b, where):
     """10 log10(2² / mean (a - b)²) in dB over the pixels where `where` is 1, of all pictures.
 
-    a, b: [N, C, H, W] in [-1, 1]; where: [N, 1, H, W]. The mean is over all pictures at once: a
-    black square on black ground is repaired without an error, so its own PSNR would be infinite.
-    Where no pixel counts there is none: nan. Raises ValueError if the sizes do not fit.
+    a, b: [N, C, H, W] in [-1, 1]; where: see check_mask(). The mean is over all pictures at once,
+    since the error of a single one may be 0. nan if no pixel counts.
     """
-    squares = (a - b)[seen(where, a, b).expand_as(a)] ** 2
+    check_mask(where, a, b)
+    squares = (a - b)[(where == 1).expand_as(a)] ** 2
     return (10 * torch.log10(4 / squares.mean())).item()
 
 
-def share_of_wins(a, b, x, where):
-    """Share of the pictures that a [N, C, H, W] comes nearer to x than b, where `where` is 1."""
-    errors = [(torch.where(seen(where, c, x), c - x, 0.0) ** 2).flatten(1).sum(dim=1)
-              for c in (a, b)]
-    return (errors[0] < errors[1]).float().mean().item()
+def measure(x, restored, mask):
+    """What the methods made of the pictures x [N, C, H, W]; restored: {method: [N, C, H, W]}.
 
-
-def best_starts(pool, y, mask, lam, r):
-    """The r of the pool's z with the lowest objective of restore(), for each y: [N, r, d].
-
-    pool: (z [P, d], their pictures [P, C, H, W]). With ‖m (x - y)‖² = m·x² - 2 m y·x + ‖m y‖²
-    two matrix products compare every x with every y; the last term is the same for all x.
+    hidden: share of the pixels; psnr hidden, psnr all: {method: dB, on the hidden or all pixels};
+    neighbours win: share of the pictures where their error on hidden pixels is below known mask's.
     """
-    z, x = pool
-    m, y, x = mask.expand_as(y).flatten(1), y.flatten(1), x.flatten(1)
-    objective = m @ (x ** 2).T - 2 * torch.where(m == 1, y, 0.0) @ x.T + lam * (z ** 2).sum(dim=1)
-    return z[objective.topk(r, largest=False).indices]
+    hidden, everywhere = 1 - mask, torch.ones_like(mask)
+    errors = [(torch.where(mask == 1, 0.0, restored[method] - x) ** 2).flatten(1).sum(dim=1)
+              for method in ("neighbours", "known mask")]
+    return {"hidden": hidden.mean().item(),
+            "psnr hidden": {method: psnr(y, x, hidden) for method, y in restored.items()},
+            "psnr all": {method: psnr(y, x, everywhere) for method, y in restored.items()},
+            "neighbours win": (errors[0] < errors[1]).float().mean().item()}
 
 
-def repair(args, G, pool, y, mask, lam, label):
-    """G(z*) for pictures y [N, C, H, W], CHUNK rows of z at a time."""
-    at_once = max(1, CHUNK // args.starts)
-    show = common.progress(label, len(y))
-    drawn = []
-    for part, mask_part in zip(y.split(at_once), mask.split(at_once)):
-        z0 = best_starts(pool, part, mask_part, lam, args.starts)
-        z, _ = restore(G, part, mask_part, z0, args.restore_steps, args.restore_lr, lam)
-        drawn.append(G(z))
-        show(sum(map(len, drawn)))
-    return torch.cat(drawn)
+def restore_in_parts(args, G, y, mask, lam, label):
+    """G(z*) for any number of pictures y, CHUNK rows of z at a time; shows its progress."""
+    z0 = torch.randn(len(y), args.starts, args.z_dim).to(y.device)
+    z0[:, 0] = 0  # the most probable z: a single start does better there than at a random z
+    n = max(1, CHUNK // args.starts)
+    show, found = common.progress(label, math.ceil(len(y) / n)), []
+    for part in zip(y.split(n), mask.split(n), z0.split(n)):
+        found.append(G(restore(G, *part, args.restore_steps, args.restore_lr, lam)[0]))
+        show(len(found))
+    return torch.cat(found)
 
 
-def repair_by_all(args, G, pool, y, mask, label):
-    """What each method makes of y, whose hidden pixels are black."""
-    blind = repair(args, G, pool, y, torch.ones_like(mask), args.lam, f"{label}, blind")
-    repaired = repair(args, G, pool, y, mask, args.lam, f"{label}, known mask")
-    return {"damaged": y, "neighbours": neighbours(y, mask), "blind": blind,
-            "known mask": torch.where(mask == 1, y, repaired)}
-
-
-def mask_study(args, G, pool, x, masks):
-    """For each kind of damage the pictures of all methods, and PSNR on hidden and on all pixels.
-
-    lost: share of the pictures whose hidden pixels "neighbours" repairs better than "known mask".
-    """
-    results = {}
+def restore_damage(args, G, x, masks):
+    """For each of the masks measure(), and the pictures by method: hidden is black, shown blue."""
+    results, blue = {}, torch.tensor([-1.0, -0.5, 0.5], device=x.device).view(3, 1, 1)
     for name, make in masks.items():
-        rng = torch.Generator().manual_seed(args.seed)
-        mask = make(len(x), x.shape[3], rng).to(x.device)
-        restored = repair_by_all(args, G, pool, torch.where(mask == 1, x, -1.0), mask, name)
-        results[name] = {
-            "hidden": 1 - mask.mean().item(), "mask": mask, "pictures": restored,
-            "psnr hidden": {k: psnr(v, x, 1 - mask) for k, v in restored.items()},
-            "psnr all": {k: psnr(v, x, torch.ones_like(mask)) for k, v in restored.items()},
-            "lost": share_of_wins(restored["neighbours"], restored["known mask"], x, 1 - mask)}
+        mask = make(len(x), x.shape[3], torch.Generator().manual_seed(args.seed)).to(x.device)
+        y, everywhere = torch.where(mask == 1, x, -1.0), torch.ones_like(mask)
+        blind = restore_in_parts(args, G, y, everywhere, args.lam, f"{name}, blind")
+        known = restore_in_parts(args, G, y, mask, args.lam, f"{name}, known mask")
+        pictures = {"damaged": y, "neighbours": neighbours(y, mask), "blind": blind,
+                    "known mask": torch.where(mask == 1, y, known)}
+        shown = pictures | {"damaged": torch.where(mask == 1, y, blue)}
+        results[name] = measure(x, pictures, mask) | {"pictures": shown}
     return results
 
 
-def noise_study(args, G, pool, x):
-    """Pictures and PSNR for normal noise of standard deviation 0, 0.1, ..., 1; baseline: 3x3 mean.
+def restore_noise(args, G, x):
+    """The same for normal noise, whose variance is added to λ. Baseline: the mean of 3x3 pixels."""
+    results, everywhere = {}, torch.ones_like(x[:, :1])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(args.seed)).to(x.device)
+    for std in (level / 10 for level in range(11)):
+        y, lam = x + std * noise, args.lam + std ** 2
+        pictures = {"noisy": y, "3x3 mean": F.avg_pool2d(y, 3, 1, 1, count_include_pad=False),
+                    "G": restore_in_parts(args, G, y, everywhere, lam, f"noise {std}")}
+        psnrs = {method: psnr(y, x, everywhere) for method, y in pictures.items()}
+        results[std] = {"psnr all": psnrs, "pictures": pictures}
+    return results
 
-    λ + std², the variance of what G and the noise get wrong in one pixel, takes the place of λ.
+
+# --- your own photo ----------------------------------------------------------------------------
+
+def read_mask(file, height, width):
+    """[1, height, width], 1 = seen, 0 = hidden, from a picture in which hidden pixels are white."""
+    mask = (TF.to_tensor(common.read_picture(file, "L", "black")) < 0.5).float()
+    if mask.shape[1:] != (height, width) or mask.mean() in (0, 1):
+        raise ValueError(f"{file} is {mask.shape[2]}x{mask.shape[1]}, {1 - mask.mean():.0%} white: "
+                         f"a mask is {width}x{height}, and white where the picture is hidden")
+    return mask
+
+
+def own_picture(args, c, side):
+    """--image and --mask as G wants them: x [1, C, side, side] in [-1, 1], mask [1, 1, side, side].
+
+    In colour: the middle square. In grey: a digit in the form of MNIST, its longer side 20 pixels
+    of 28, its centre of mass in the middle. Raises ValueError if that cannot be.
     """
-    results = {}
-    everywhere = torch.ones_like(x[:, :1])
-    for level in range(11):
-        std = level / 10
-        rng = torch.Generator().manual_seed(args.seed)
-        y = x + std * torch.randn(x.shape, generator=rng).to(x.device)
-        restored = {"noisy": y, "3x3 mean": F.avg_pool2d(y, 3, 1, 1, count_include_pad=False),
-                    "G": repair(args, G, pool, y, everywhere, args.lam + std ** 2, f"noise {std}")}
-        results[std] = {"pictures": restored,
-                        "psnr": {k: psnr(v, x, everywhere) for k, v in restored.items()}}
-    return results
+    x = TF.to_tensor(common.read_picture(args.image, "RGB" if c == 3 else "L"))
+    hidden = 1 - read_mask(args.mask, *x.shape[1:]) if args.mask else torch.zeros_like(x[:1])
+    shape = [math.ceil(256 * n / max(x.shape)) for n in x.shape[1:]]  # fast, and enough for G
+    x, hidden = (TF.resize(a, shape, antialias=True) for a in (x * (1 - hidden), hidden))
+    mask = (hidden < 0.1).float()  # seen: at least nine tenths of a pixel
+    x = neighbours((x / (1 - hidden).clamp(min=0.1))[None], mask[None])[0]  # nothing hidden is left
+    centre, size = [n / 2 for n in shape], min(shape)
+    if c == 1:
+        x = find_digit(args, x, mask)
+        pixels, weights, ink = x[0].nonzero() + 0.5, x[x > 0], (x[0] > 0.5).nonzero()
+        size = math.ceil(1.4 * (1 + (ink.amax(0) - ink.amin(0)).max().item()))
+        # in MNIST the centre of mass lies half a pixel of 28 below and right of the middle
+        centre = (weights @ pixels / weights.sum() - size / 56).tolist()
+    top, left = (round(at - size / 2) for at in centre)
+    x, hidden = (TF.resized_crop(a, top, left, size, size, [side, side], antialias=True)
+                 for a in (x, 1 - mask))  # beyond the border: 0, and not hidden
+    seen = hidden[None] < 0.1
+    if not seen.any():
+        raise ValueError(f"{args.mask} hides all that G would see of {args.image}")
+    return torch.where(seen, 2 * x - 1, -1.0), seen.float()
+
+
+def find_digit(args, x, mask):
+    """The ink of the digit in a grey photo x [1, H, W]: 0 to 1, and 0 elsewhere and where hidden.
+    Raises ValueError if there is no digit, or if it is cut off."""
+    width = min(x.shape[1:]) // 8 * 2 + 1  # of a square around each pixel, wider than any stroke
+    mean = F.avg_pool2d(x, width, 1, width // 2, count_include_pad=False)
+    if ((x - mean) ** 3).sum() > 0:  # ink is rare, so it is farther from the mean: it is light here
+        x = 1 - x
+    # a closing: the lightest pixel around, then the darkest of these. Shadows stay, strokes vanish.
+    light = F.max_pool2d(x, width, 1, width // 2)
+    paper = -F.max_pool2d(-light, width, 1, width // 2)
+    missing = mask * (paper - x)  # the light that ink takes
+    if missing.quantile(0.995) < 0.05 or mask.mean() < 0.2:  # the grain of a photo takes 0.02
+        raise ValueError(f"{args.image} shows no digit" if not args.mask else f"{args.mask} hides "
+                         "all ink: white is restored, black is kept; is it inverted?")
+    dark = missing / paper.clamp(min=1e-6)
+    pen = dark.quantile(0.995)  # of the pixels: half a percent of the photo, or more, is ink
+    ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 0 below a quarter of the pen: ruled lines are paler
+    # the digit is what can be reached from the most ink, over gaps of 6 pixels and where hidden
+    stroke = ink > 0.5
+    around = stroke * F.avg_pool2d(stroke.float(), width, 1, width // 2)
+    digit, grown = stroke, around == around.max()
+    while not torch.equal(digit, grown):
+        digit, grown = grown, (F.max_pool2d(grown.float(), 13, 1, 6) > 0) & (stroke | (mask == 0))
+    digit = digit & stroke
+    if digit[:, [0, -1]].any() or digit[:, :, [0, -1]].any():
+        raise ValueError(f"ink touches the border of {args.image}: leave paper around the digit")
+    return ink * F.max_pool2d(digit.float(), 5, 1, 2)  # with its soft rims
 
 
 # --- figures -----------------------------------------------------------------------------------
 
-def first(x):
-    """The first 16 pictures as a panel."""
-    return common.panel(common.to_uint8(x[:16]), 4)
+def figure(file, title, x, results, key):
+    """For each of the results a row: 16 of the pictures x, and what each method makes of them."""
+    rows = {label: {"original\n": x} | {
+        f"{method}\n{dB:.1f} dB": result["pictures"][method] for method, dB in result[key].items()}
+        for label, result in results.items()}
+    common.save_panels(file, [(label, [
+        (text, common.panel(common.to_uint8(y[:16]), 4)) for text, y in row.items()])
+        for label, row in rows.items()], title, size=2.2)
 
 
-def mask_figure(args, name, x, results):
-    """restored.png: a row for each kind of damage."""
-    rows = []
-    for damage, result in results.items():
-        y = result["pictures"]["damaged"]
-        blue = torch.tensor([-1.0, -0.5, 0.5], device=y.device).view(3, 1, 1)
-        shown = result["pictures"] | {"damaged": torch.where(result["mask"] == 1, y, blue)}
-        rows.append((damage, [("original\n", first(x)), *(
-            (f"{method}\n{result['psnr hidden'][method]:.1f} dB", first(pictures))
-            for method, pictures in shown.items())]))
-    common.save_panels(args.out / "restored.png", rows, f"Restoration on {name}, seed {args.seed}: "
-                       "PSNR on hidden pixels (blue)", size=2.2)
-
-
-def noise_figure(args, name, results):
-    """noise.png: PSNR against the noise, and a row of pictures for three levels of it."""
-    def draw(ax):
-        for method in results[0.0]["psnr"]:
-            psnrs = [result["psnr"][method] for result in results.values()]
-            ax.plot(list(results), psnrs, label=method)
-        ax.set(xlabel="standard deviation of the noise", ylabel="PSNR in dB", ylim=(0, 40))
-        ax.legend(loc="upper left", bbox_to_anchor=(1.05, 1)).set_in_layout(False)
-
-    rows = [("", [("", draw)])] + [
-        (f"noise {std}", [(f"{method}\n{results[std]['psnr'][method]:.1f} dB", first(pictures))
-                          for method, pictures in results[std]["pictures"].items()])
-        for std in (0.2, 0.6, 1.0)]
-    common.save_panels(args.out / "noise.png", rows, f"Restoration on {name}, seed {args.seed}",
-                       size=2.2)
-
-
-def own_figure(args, G, pool, x, mask):
-    """own.png: the photo, the same as G sees it and, with a --mask, what it hides; the repairs."""
-    photo = common.open_picture(args.image, "RGB", "white")
-    photo.thumbnail((600, 600))  # a panel has fewer pixels
-    as_seen = "as G sees it" if mask.all() else "as G sees it,\nhidden: black"
-    pictures = {"photo": TF.pil_to_tensor(photo)[None], as_seen: common.to_uint8(x)}
-    if mask.all():  # no --mask, or one that hides nothing
-        made = {"blind": repair(args, G, pool, x, mask, args.lam, "your picture, blind")}
-    else:
-        made = {"hidden": 1 - 2 * mask} | repair_by_all(args, G, pool, x, mask, "your picture")
-        del made["damaged"]
-    pictures |= {name: common.to_uint8(picture) for name, picture in made.items()}
+def own_figure(args, pictures):
+    """own.png: the photo, what G sees of it, and what the methods make of that."""
+    photo = common.read_picture(args.image)
+    photo.thumbnail((256, 256))  # a panel has a few more pixels
+    shown = {"as G sees it\n(hidden: blue)": pictures.pop("damaged")} | (
+        pictures if args.mask else {"blind\n": pictures["blind"]})
     common.save_panels(args.out / "own.png", [("", [
-        (name, common.panel(picture)) for name, picture in pictures.items()])])
+        ("photo\n", common.panel(TF.pil_to_tensor(photo)[None])),
+        *((name, common.panel(common.to_uint8(y))) for name, y in shown.items())])])
 
 
 # --- main --------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = common.parser(__doc__, __file__)
-    g = p.add_argument_group("the generator, trained once and kept in generator.pt")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=128, help="length of z")
-    g.add_argument("--steps", type=common.number(int, 1), default=2000, help="steps of G and D")
-    g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
-    g.add_argument("--generator", type=Path, help="a kept generator.pt to use, of 04 or of this")
+    p, whole, above_0 = common.parser(__doc__, __file__), common.number(int, 1), \
+        common.number(float, above=0)
+    g = p.add_argument_group("the generator, trained once, saved in generator.pt")
+    g.add_argument("--z-dim", type=whole, default=128, help="dimensions of z")
+    g.add_argument("--steps", type=whole, default=2000, help="steps of G and D")
+    g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")
+    g.add_argument("--generator", type=common.path, help="a generator.pt of 04 or 05 to use")
     g = p.add_argument_group("restoration")
-    g.add_argument("--mask", type=Path, help="picture whose white pixels are hidden")
-    g.add_argument("--image", type=Path, help="repair this picture, and no test pictures")
-    g.add_argument("--starts", type=common.number(int, 1), default=1,
-                   help="starts for each picture")
-    g.add_argument("--restore-steps", type=common.number(int, 1), default=100,
-                   help="for each start")
-    g.add_argument("--restore-lr", type=common.number(float, above=0), default=0.2,
-                   help="Adam's rate for z, falls to 0")
-    g.add_argument("--lam", type=common.number(float, 0), default=0.3,
-                   help="λ: variance of one pixel's error, in [-1, 1] units")
-    p.set_defaults(n_test=N_TEST, n_noise=N_NOISE, n_pool=N_POOL, n_samples=N_SAMPLES)
-    return common.parse(p, argv, quick=dict(
-        data="digits", steps=10, restore_steps=10, n_test=16, n_noise=8, n_pool=100,
-        n_samples=1000))
+    g.add_argument("--mask", type=common.path, help="picture: its white pixels are hidden")
+    g.add_argument("--image", type=common.path, help="restore this photo, blind without --mask")
+    g.add_argument("--starts", type=whole, default=1, help="z = 0, then random z")
+    g.add_argument("--restore-steps", type=whole, default=100, help="for each start")
+    g.add_argument("--restore-lr", type=above_0, default=0.2, help="learning rate of z, falls to 0")
+    g.add_argument("--lam", type=common.number(float, 0), default=0.3, help="λ: variance per pixel")
+    p.set_defaults(n_test=N_TEST, n_noise=N_NOISE, n_samples=N_SAMPLES)
+    return common.parse(p, argv, quick=dict(data="digits", steps=10, restore_steps=10, n_test=16,
+                                            n_noise=8, n_samples=1000))
 
 
-def check(args, images):
-    """Ends the run if the flags do not fit the data."""
-    common.check_side(images)
-    if args.starts > args.n_pool:
-        common.fail(f"--starts {args.starts}: there are {args.n_pool} to choose from")
-
-
-def masks_to_study(args, side):
-    """All kinds of damage, or the reader's --mask for every test picture."""
-    if not args.mask:
-        return MASKS
-    mask = common.read_mask(args.mask, side, side)
-    return {"mask": lambda n, side, rng: mask.expand(n, 1, side, side)}
-
-
-def study(args, G, pool, x, masks, name):
-    """Repairs test pictures x: of every kind of damage, and of noise if there is no --mask."""
-    results = mask_study(args, G, pool, x, masks)
-    mask_figure(args, name, x, results)
-    noise = {}
-    if not args.mask:
-        noise = noise_study(args, G, pool, x[:args.n_noise])
-        noise_figure(args, name, noise)
-    print_tables(name, results, noise)
+def load_or_train(run, args, images):
+    """G: from --generator, or from generator.pt if an earlier run saved it there, else trained."""
+    torch.manual_seed(args.seed)
+    c, side = images.x.shape[1:3]
+    G, D = (net.to(run.device) for net in (generator(args.z_dim, c, side), discriminator(c, side)))
+    fits = {"shape": str([c, side, side]), "z_dim": str(args.z_dim)}
+    settings = fits | {"data": images.name} | {  # these, and nothing else, decide the weights
+        name: str(getattr(args, name)) for name in ("seed", "steps", "batch", "training_pictures")}
+    file = args.generator or args.out / "generator.pt"
+    if args.generator or file.exists():
+        print(f"G is loaded from {file}")
+        saved = common.load_saved(file, fits if args.generator else settings, ["G"])
+    else:
+        for name in run.each(["generator"]):  # each() leaves out what --resume finds finished
+            run.done[name] = train_generator(run, args, G, D, images)
+        saved = {"settings": settings, "G": run.done["generator"]}
+        common.save(saved, file)
+    G.load_state_dict(saved["G"])
+    return G.eval().requires_grad_(False)
 
 
 def print_tables(name, results, noise):
-    """PSNR by damage, hidden pixels alone and all; by strength of the noise."""
-    methods = ["damaged", "neighbours", "blind", "known mask"]
-    common.print_table([f"{name}: psnr hidden", "hidden", *methods, "lost"], [
-        [damage, f"{result['hidden']:.3f}", *(f"{result['psnr hidden'][m]:.1f}" for m in methods),
-         f"{result['lost']:.2f}"] for damage, result in results.items()])
-    common.print_table(["psnr all", *methods], [
-        [damage, *(f"{result['psnr all'][m]:.1f}" for m in methods)]
-        for damage, result in results.items()])
+    """PSNR by damage, on hidden and on all pixels; by strength of the noise."""
+    def table(head, results, key, *more):
+        methods = next(iter(results.values()))[key]
+        common.print_table([head, *methods, *more], [
+            [str(row), *(f"{result[key][method]:.1f}" for method in methods),
+             *(f"{result[column]:.3f}" for column in more)] for row, result in results.items()])
+
+    table(f"{name}: psnr hidden", results, "psnr hidden", "hidden", "neighbours win")
+    table("psnr all", results, "psnr all")
     if noise:
-        methods = ["noisy", "3x3 mean", "G"]
-        common.print_table(["psnr, noise of", *methods], [
-            [f"{std:.1f}", *(f"{result['psnr'][m]:.1f}" for m in methods)]
-            for std, result in noise.items()])
+        table("psnr, noise of", noise, "psnr all")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with common.Run(args) as run:
-        images = common.load_images(args, run.device)
-        check(args, images)
-        c, side = images.x.shape[1:3]
-        if args.image:  # read now: a wrong file is refused before the training
-            own = common.own_picture(args, c, side)
-        else:
-            masks = masks_to_study(args, side)
-        G = trained(run, args, images)
-
-        torch.manual_seed(args.seed)
-        z = torch.randn(args.n_samples, args.z_dim).to(run.device)
-        samples = torch.cat([G(part) for part in z.split(1000)])
-        common.save(common.to_uint8(samples).cpu(), args.out / "samples.pt")
-        pool = z[:args.n_pool], samples[:args.n_pool]
+    run = common.Run(args)
+    images = common.load_images(args, run.device)
+    try:  # before the training, so that a wrong file is refused at once
         if args.image:
-            own_figure(args, G, pool, *(a.to(run.device) for a in own))
-        else:
-            test = common.load_images(args, run.device, train=False)
-            study(args, G, pool, common.to_float(test.x[:args.n_test]), masks, images.name)
+            x, mask = own_picture(args, *images.x.shape[1:3])
+        elif args.mask:
+            mask = read_mask(args.mask, *images.x.shape[2:])
+    except ValueError as e:
+        common.fail(str(e))
+    masks = MASKS if not (args.image or args.mask) else {
+        "own": lambda n, side, rng: mask.expand(n, 1, side, side)}
+    G = load_or_train(run, args, images)
+
+    torch.manual_seed(args.seed)
+    z = torch.randn(args.n_samples, args.z_dim).to(run.device)
+    samples = torch.cat([common.to_uint8(G(part)) for part in z.split(1000)])
+    common.save(samples.cpu(), args.out / "samples.pt")
+    if args.image:
+        return own_figure(args, restore_damage(args, G, x.to(run.device), masks)["own"]["pictures"])
+    x = common.to_float(common.load_images(args, run.device, train=False).x[:args.n_test])
+    title = f"Restoration on {images.name}, seed {args.seed}: PSNR"
+    results, noise = restore_damage(args, G, x, masks), {}
+    figure(args.out / "restored.png", f"{title} on hidden pixels (blue)", x, results, "psnr hidden")
+    if not args.mask:
+        noise = restore_noise(args, G, x[:args.n_noise])
+        figure(args.out / "noise.png", f"{title}; noise: standard deviation", x, {
+            f"noise {std}": noise[std] for std in (0.2, 0.6, 1.0)}, "psnr all")
+    print_tables(images.name, results, noise)
 
 
 if __name__ == "__main__":
-    common.as_script(main)
+    main()

@@ -1,166 +1,148 @@
-r"""07 - Three ways to bound D's slope, and two ways to score what G draws.
+r"""07 - Three ways to bound the slope of D, and two scores for what G generates.
 
 Papers   Arjovsky 2017, 1701.07875; Gulrajani 2017, 1704.00028; Miyato 2018,
          1802.05957; scores: Salimans 2016, 1606.03498; Heusel 2017, 1706.08500
-Idea     D's slope is ‖∇D(x)‖, its gradient in the picture. W1, Wasserstein's
-         distance of p and q, is max E_p D - E_q D for slopes <= 1 -> wgan_d()
-         To bound the slope, clip D's weights (wgan)               -> clip()
-         or divide layers by their top singular value (sn) -> spectral_norm()
-         or add λ E (‖∇D‖ - 1)² to the loss (wgan-gp)    -> gradient_penalty()
-         IS = exp E KL(p(y|x) ‖ p(y)), classes y           -> inception_score()
-         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½), means and covariances of a
-         network's features of data and of samples        -> frechet_distance()
-See      samples.png; scores.png: both scores and D's slope while training;
-         truncation.png. On MNIST the FID is 10 to 16 for vanilla, which is the
-         plain GAN, sn and wgan-gp, 57 for wgan: a stable GAN gains little.
-Differs  Adam at 3e-4 to 3e-3, falling to 0 in the second half; a step of D to
-         one of G; the logit of sn is 8 D(x). In the papers: rates up to 2e-4,
-         often five steps of D, a penalty of weight 10. A small classifier
-         scores grey pictures, so compare with no published score.
+Idea     The slope of D at a picture x is ‖∇D(x)‖. Data p and samples q have the
+         Wasserstein distance max E_p D - E_q D, slopes <= 1       -> wgan_d()
+         To bound the slope: clip D's weights (wgan)               -> clip()
+         or divide weights by their top singular value (sn) -> SpectralNorm()
+         or add λ E (‖∇D‖ - 1)² to the loss (wgan-gp)  -> gradient_penalty()
+         IS = exp E KL(p(y|x) ‖ p(y)), classes y         -> inception_score()
+         FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½): means, covariances of a
+         network's features of data and samples        -> frechet_distance()
+See      samples.png; scores.png: scores and slope of D during training;
+         truncation.png. On MNIST the FID is 10 to 16 for vanilla (plain GAN),
+         sn and wgan-gp, and 60 for wgan: a stable GAN gains little.
+Differs  Learning rates above the papers', one step of D to one of G (theirs:
+         often five), λ = 1 (10); the logit of sn is 8 D(x). Grey pictures are
+         scored by a small classifier: compare with no published score.
 Try      With --n-critic 5, which model loses the least? Predict, then run.
 Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
 
-import contextlib
+import copy
 import math
 import socket
 from glob import glob
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torchvision.models import Inception_V3_Weights, inception_v3
+from torch.optim import lr_scheduler, swa_utils
 
 import common
 
-SMALL = 1024                     # numbers in a picture up to which layers are fully connected
-HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of their layers
-SHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of a training after which process.png is written
-LAMBDA = 1.0                     # weight of the gradient penalty: Gulrajani 2017 has 10
-SN_SCALE = 8.0                   # sn: the logit is so many times what a D of slope <= 1 says
-CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]: in its paper 0.01
-N_SAMPLES, N_NEAREST = 10_000, 1000  # pictures in samples_{model}.pt; compared with the data
-TREND = 0.6                      # share of the trend that stays from one score to the next
+SMALL = 1024  # pictures of at most so many values (C·H·W) have fully connected layers
+SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of a training run after which process.png is written
+N_SAMPLES = 10_000  # pictures in samples_{model}.pt
 LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of |z|, for truncation.png
 
 
 # --- the idea ----------------------------------------------------------------------------------
-# The losses of D and G, both to be minimised, means over the batch. real, fake [B]: what D says to
-# data and to G's pictures: logits for bce_d and nonsaturating_g, any numbers for wgan_d and wgan_g.
+# Losses of D and G, to be minimised: tensors without dimensions. real, fake [B]: what D returns for
+# data and for G's pictures. E: mean over the batch. softplus(a) = log(1 + exp(a)) = -log σ(-a).
 
 def bce_d(real, fake):
-    """-E log σ(real) - E log(1 - σ(fake)) of logits [B], nats (Goodfellow et al. 2014, eq. 1).
-
-    E is the mean over the batch. Exact also where σ is rounded to 0 or 1.
-    """
+    """-E log σ(real) - E log(1 - σ(fake)) of logits [B], in nats (Goodfellow et al. 2014, eq. 1).
+    Exact also where σ is rounded to 0 or 1."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def nonsaturating_g(fake):
-    """-E log σ(fake) of logits [B], nats: G wants its pictures called real.
-
-    Goodfellow et al. 2014, sec. 3. E is the mean over the batch. Exact also where σ is rounded to
-    0 or 1.
-    """
+    """-E log σ(fake) of logits [B], in nats: G wants its pictures to be called real (Goodfellow et
+    al. 2014, sec. 3). Exact also where σ is rounded to 0 or 1."""
     return F.softplus(-fake).mean()
 
 
 def wgan_d(real, fake):
-    """E fake - E real (Arjovsky et al. 2017). Minus this is at most K W1(data, fakes).
-
-    real, fake [B]: what D says, any numbers; E is the mean over the batch. K: D's Lipschitz
-    constant, its largest slope; the best D of this slope reaches K W1. W1: the least mean distance
-    over which the fakes can be moved onto the data.
-    """
+    """E fake - E real, of any numbers [B] (Arjovsky et al. 2017). Minus this is at most
+    K W1(data, fakes), K the largest slope of D, and the best D attains it. W1 (Wasserstein): the
+    least mean distance over which the fakes can be moved onto the data."""
     return fake.mean() - real.mean()
 
 
 def wgan_g(fake):
-    """-E fake, the mean over the batch of any numbers [B] (Arjovsky et al. 2017, alg. 1)."""
+    """-E fake, of any numbers [B] (Arjovsky et al. 2017, alg. 1)."""
     return -fake.mean()
 
 
 def clip(net, limit):
-    """Every parameter of the module net into [-limit, limit], in place (Arjovsky 2017, alg. 1).
-
-    A number outside moves to the nearer end, and one inside stays as it is. This holds D's slope
-    below Π limit √(weights of a layer), times SiLU's largest slope 1.1 for each hidden layer: 240
-    for 28x28 grey pixels and 0.03. What training reaches is a small part of it.
-    """
+    """Clips every parameter of the module net to [-limit, limit], in place (Arjovsky 2017, alg. 1).
+    The slope of D is then at most Π limit √(weights of a layer), times SiLU's largest slope 1.1 for
+    each hidden layer: 240 for 28x28 grey pixels and 0.03. Training reaches far less."""
     with torch.no_grad():
         for p in net.parameters():
             p.clamp_(-limit, limit)
 
 
 def spectral_norm(weight, u, n_iter=1):
-    """(σ, u): σ close to the largest singular value of weight [out, ...] seen as [out, rest].
+    """(σ, u): σ is close to the largest singular value of W, the weight [out, ...] as a matrix.
 
-    After n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖ and u = W v / ‖W v‖, v is computed once
-    more, and σ = uᵀ W v. (Miyato et al. 2018, alg. 1, stop half a round earlier.) u [out]: of
-    length 1, from the call before: weights move little in a step, so one round a call follows
-    them; n_iter = 0 leaves u as it is. σ is a tensor without dimensions, and never above the true
-    value; its gradient in the weight treats u and v as constants, and the new u has no gradient.
-    Of a convolution it is the matrix that is normalised, as in the paper; the convolution's slope
-    may be larger, by at most √n if each pixel lies in n patches: 2 for 4x4 with stride 2.
-    """
+    n_iter rounds of power iteration, v = Wᵀu / ‖Wᵀu‖, u = W v / ‖W v‖, and one more v give
+    σ = uᵀ W v, never above the true value (Miyato et al. 2018, alg. 1, stop half a round earlier).
+    u [out]: of length 1, from the call before, since W changes little in a step; n_iter = 0 and
+    W = 0 return u as it is. σ: no dimensions; its gradient takes u and v as constants, and the new
+    u has none. float32: max |W| from 1e-35 to 1e35. The slope of a convolution may be larger, by at
+    most √n if each pixel lies in n patches: 2 for 4x4 with stride 2."""
     matrix = weight.flatten(1)
     with torch.no_grad():
+        # by a power of 2, which is exact; else the squares in ‖Wᵀu‖ may be infinite, or 0
+        largest = matrix.abs().amax().clamp(min=torch.finfo(matrix.dtype).tiny)
+        scaled = matrix / largest.log2().floor().exp2()
         for _ in range(n_iter):
-            v = F.normalize(matrix.T @ u, dim=0)
-            u = F.normalize(matrix @ v, dim=0)
-        v = F.normalize(matrix.T @ u, dim=0)
+            v = F.normalize(scaled.T @ u, dim=0)
+            u = torch.where(v.any(), F.normalize(scaled @ v, dim=0), u)  # not 0 if W is
+        v = F.normalize(scaled.T @ u, dim=0)
     return u @ matrix @ v, u
 
 
 class SpectralNorm(nn.Module):
-    """weight -> weight / σ.
+    """weight -> weight / σ, or weight itself where σ is 0.
 
-    parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight)) puts it into a
-    layer. Keeps u from call to call, and moves it in training mode alone. For Linear and Conv
-    layers, whose weights begin with `out`. That of a ConvTranspose2d begins with `in`: its σ is
-    that of [in, rest] here, where torch's spectral_norm takes [out, rest].
-    """
+    parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight)) adds it to a
+    Linear or Conv layer. The buffer u changes in training mode only. The weight of a
+    ConvTranspose2d is [in, ...]: [in, rest] is normalised, where torch's own takes [out, rest]."""
 
     def __init__(self, weight):
         super().__init__()
         self.register_buffer("u", F.normalize(torch.randn(len(weight)).to(weight), dim=0))
 
     def forward(self, weight):
-        sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
-        if self.training and not u.is_inference():  # which no later training may use
+        device = "cpu" if weight.is_meta else weight.device.type  # "meta" has no autocast
+        with torch.autocast(device, enabled=False):  # autocast would round u and σ to bfloat16
+            sigma, u = spectral_norm(weight, self.u, n_iter=int(self.training))
+        if self.training and not u.is_inference():  # torch.inference_mode's cannot be trained with
             self.u = u
-        return weight / sigma
+        return weight / torch.where(sigma > 0, sigma, 1.0)
 
 
 def gradient_norms(critic, x):
-    """‖∇_x critic(x)‖ of each example of x [B, ...], [B].
-
-    Differentiable in the critic's parameters, with finite derivatives also where the gradient is 0;
-    x counts as a constant. critic: [B, ...] -> [B], each score a function of its own example alone
-    (so no batch norm), so that the gradient of their sum holds one gradient for each example.
-    """
+    """‖∇_x critic(x)‖ of each example of x [B, ...], a tensor [B]. Differentiable in the critic's
+    parameters, with finite derivatives also where the gradient is 0; x counts as a constant.
+    critic: [B, ...] -> [B], each score a function of its own example alone (so no batch norm): then
+    the gradient of their sum holds the gradient of each example."""
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return torch.linalg.vector_norm(grad.flatten(1), dim=1)
 
 
-def gradient_penalty(critic, x_real, x_fake, generator=None):
-    """E (‖∇critic(x̂)‖ - 1)², x̂ = α x + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
+def gradient_penalty(critic, x_real, x_fake, rng=None):
+    """E (‖∇critic(x̂)‖ - 1)², x̂ = α x_real + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
 
-    x_real and x_fake [B, ...] -> a mean over the batch, differentiable in the critic's parameters
-    as gradient_norms is. One α, uniform in [0, 1) and drawn with generator if there is one, for
-    each example: x̂ lies on the line between a real and a fake one, and is all that the critic
-    sees. Raises ValueError if the shapes differ.
-    """
+    x_real, x_fake: floats [B, ...]. One α for each example, uniform in [0, 1), from rng if given:
+    x̂ lies on the line between a real and a fake picture. Mean over the batch, differentiable as in
+    gradient_norms. Raises ValueError for different shapes, and for integers, where α would be 0."""
     if x_real.shape != x_fake.shape:
         raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
-    alpha = torch.rand(len(x_real), generator=generator).to(x_real)
-    alpha = alpha.view(-1, *[1] * (x_real.ndim - 1))
+    if not (x_real.is_floating_point() and x_fake.is_floating_point()):
+        raise ValueError(f"x_real {x_real.dtype} and x_fake {x_fake.dtype} are not both floats")
+    alpha = torch.rand(len(x_real), *[1] * (x_real.ndim - 1), generator=rng).to(x_real)
     x_hat = alpha * x_real + (1 - alpha) * x_fake
     return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
 
@@ -168,70 +150,56 @@ def gradient_penalty(critic, x_real, x_fake, generator=None):
 def inception_score(probs, splits=1):
     """exp E_x KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts, two floats.
 
-    probs [N, K]: rows of probabilities, in an order of no meaning (shuffle first), of any dtype,
-    also of integers; computed in float64. The parts are cut in this order, and the deviation is
-    that of the parts (divided by their number). From 1 (all rows equal) to K (each row sure of one
-    class, all classes equally often). A softmax taken twice still gives rows of probabilities, and
-    a score near 1. Raises ValueError if a row is no probability distribution: if its sum is off 1
-    by more than 1e-3, or than four times the eps of a coarser dtype, or if a number is below 0 or
-    nan. Raises ValueError for fewer rows than splits, and for no splits.
-    """
-    if not 1 <= splits <= len(probs):
-        raise ValueError(f"{len(probs)} rows do not make {splits} splits")
-    # a rounding changes a probability by less than eps of it, so the sum of a row by less than eps
+    probs [N, K]: rows of probabilities of any dtype, also integers; computed in float64. The parts
+    are consecutive rows (shuffle them first); the deviation divides by their number. From 1, all
+    rows equal, to K, each row sure of one class and all classes equally often. Raises ValueError
+    for other dimensions, splits < 1 or > N, and rows that are no distributions: a sum off 1 by more
+    than 1e-3 (or four times the eps of a coarser dtype), a value below 0 or nan."""
+    if probs.ndim != 2 or not 1 <= splits <= len(probs):
+        raise ValueError(f"probs {tuple(probs.shape)}, {splits} splits: needs [N, K], N >= splits")
+    # rounding changes a probability p by less than eps p, so their sum by less than eps
     eps = torch.finfo(probs.dtype).eps if probs.is_floating_point() else 0.0
     wrong = (probs.double().sum(dim=1) - 1).abs()
     if not ((wrong <= max(1e-3, 4 * eps)) & (probs >= 0).all(dim=1)).all():
         raise ValueError("the rows are no probabilities: take the softmax of logits first")
-    scores = []
-    for part in probs.double().tensor_split(splits):
-        p_y = part.mean(dim=0)
-        kl = (torch.special.xlogy(part, part) - torch.special.xlogy(part, p_y)).sum(dim=1)
-        scores.append(kl.mean().exp())
-    scores = torch.stack(scores)
+    scores = torch.stack([
+        (torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0))).sum(dim=1).mean().exp()
+        for part in probs.double().tensor_split(splits)])
     return scores.mean().item(), scores.std(correction=0).item()
 
 
 def frechet_distance(features_a, features_b):
-    """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), features [N, d] (Heusel et al. 2017).
+    """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), a float (Heusel et al. 2017).
 
-    A float: the squared W2 distance of two Gaussians with these means and covariances (unbiased,
-    float64 for features of every dtype). The numbers of rows may differ, d may not.
-    C_a^½ C_b C_a^½ has the eigenvalues of C_a C_b, and is symmetric. >= 0, and 0 for equal sets, up
-    to rounding: where the covariances are singular, the result may be as low as -1e-8 d (tr C_a +
-    tr C_b). Raises ValueError for features that are not finite, for different d, and for d rows or
-    fewer: the result would say more of N than of the features.
-    """
-    d = features_a.shape[1]
-    for features in (features_a, features_b):
-        if len(features) < d + 1 or features.shape[1] != d:
-            raise ValueError(f"{tuple(features_a.shape)}, {tuple(features_b.shape)}: needs the "
-                             "same d and at least d + 1 rows in both")
-        if not features.isfinite().all():
-            raise ValueError("some features are not finite")
+    features [N, d] of any dtype, N may differ; m: means, C: unbiased covariances, in float64. The
+    squared W2 distance of two Gaussians with these m and C; 0 for equal sets, else above 0, but
+    rounding may give -1e-8 d (tr C_a + tr C_b) if the C are singular. Raises ValueError for other
+    dimensions, different d, values that are not finite, and d rows or fewer, where the result would
+    say more about N than about the features."""
+    for x in (features_a, features_b):
+        if x.ndim != 2 or not x.shape[1] == features_a.shape[-1] < len(x) or not x.isfinite().all():
+            raise ValueError(f"features {tuple(features_a.shape)} and {tuple(features_b.shape)} "
+                             "must be finite, [N, d] with the same d and at least d + 1 rows")
     a, b = features_a.double(), features_b.double()
     cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
+    # C_a^½ C_b C_a^½ is symmetric and has the eigenvalues of C_a C_b
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     apart = (a.mean(dim=0) - b.mean(dim=0)).pow(2).sum()
     return (apart + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def truncated_normal(n, d, limit, generator=None):
-    """[n, d] draws of N(0, 1), given that each of them lies within ±limit, in the default dtype.
-
-    √2 erfinv(u erf(limit / √2)) for uniform u in [-1, 1): the inverse of the distribution function.
-    Computed in float64: a limit may be as small as 1e-30 or as large as 1e300. No rounding carries
-    a draw over the limit. The truncation trick (Brock et al. 2019, arXiv:1809.11096): a G that is
-    fed with such z draws fewer kinds of pictures, and more typical ones. limit = inf: the numbers
-    of torch.randn. Raises ValueError for a limit that is not above 0.
-    """
+def truncated_normal(n, d, limit, rng=None):
+    """[n, d] samples of N(0, 1) given |z| <= limit: √2 erfinv(u erf(limit / √2)), u in [-1, 1).
+    The truncation trick (Brock et al. 2019, 1809.11096): from such z, G generates fewer kinds of
+    pictures, and more typical ones. Computed in float64, for limits from 1e-30 to 1e300; returned
+    in the default dtype. limit = inf: torch.randn. ValueError for a limit that is not above 0."""
     if not limit > 0:
-        raise ValueError(f"no draw lies within ±{limit}")
+        raise ValueError(f"no sample lies within ±{limit}")
     if limit == math.inf:
-        return torch.randn(n, d, generator=generator)
-    u = 2 * torch.rand(n, d, generator=generator, dtype=torch.float64) - 1
+        return torch.randn(n, d, generator=rng)
+    u = 2 * torch.rand(n, d, generator=rng, dtype=torch.float64) - 1
     z = math.sqrt(2) * torch.erfinv(u * math.erf(limit / math.sqrt(2)))
     return z.clamp(-limit, limit).to(torch.get_default_dtype())  # rounding may have passed it
 
@@ -239,42 +207,35 @@ def truncated_normal(n, d, limit, generator=None):
 # --- model -------------------------------------------------------------------------------------
 
 def generator(d_z, c, side):
-    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights start as draws of N(0, 0.02²).
-
-    Up to SMALL numbers in a picture: fully connected layers first, and narrow convolutions.
-    """
-    dense = c * side ** 2 <= SMALL
-    width = 8 if dense else 32
+    """[B, d_z] -> pictures [B, C, side, side] in (-1, 1). Weights are initialised by N(0, 0.02²).
+    Small pictures (SMALL): fully connected layers first, and few channels."""
+    hidden, width = ([500, 500], 8) if c * side ** 2 <= SMALL else ([], 32)
     widths = [width * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
     small = side // 2 ** len(widths)  # side of the smallest map, 4 to 7 pixels
     layers = []
-    for i, o in pairwise([d_z, *(HIDDEN_G if dense else []), widths[-1] * small ** 2]):
+    for i, o in pairwise([d_z, *hidden, widths[-1] * small ** 2]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
     layers.append(nn.Unflatten(1, (widths[-1], small, small)))
     for i, o in pairwise([*widths[::-1], c]):
-        layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
+        layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),  # side doubles
                    nn.BatchNorm2d(o), nn.ReLU()]
-    layers[-2:] = [nn.Tanh()]  # the last map is the picture
+    layers[-2:] = [nn.Tanh()]  # in the place of the last batch norm and ReLU
     for layer in layers:
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # as in DCGAN
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # draws faster on the CPU
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # faster on the CPU
 
 
 def discriminator(c, side, sn):
     """[B, C, side, side] -> [B]: logits, or for the Wasserstein loss any numbers. No batch norm.
-
-    Up to SMALL numbers in a picture: fully connected layers, else convolutions. sn: every layer has
-    spectral norm. Power iteration needs some passes of D to find the σ: the largest singular value
-    of a layer is up to 1.6 at first, and at most 1.05 after 20 passes.
-    """
-    # SiLU is smooth, as a penalty on ∇D wants it; but its slope is 1/2 at 0, and where no layer may
-    # amplify, one after the other would halve what comes through
+    sn: spectral norm; 20 passes bring the largest singular values from up to 1.6 below 1.05."""
+    # SiLU is smooth, as the gradient penalty needs it. But its slope is 1/2 at 0: with spectral
+    # norm, where no layer amplifies, every layer would halve the signal
     activation = nn.LeakyReLU(0.2) if sn else nn.SiLU()
     if c * side ** 2 <= SMALL:
-        layers, features = [nn.Flatten()], HIDDEN_D[-1]
-        for i, o in pairwise([c * side ** 2, *HIDDEN_D]):
+        layers, features = [nn.Flatten()], 512
+        for i, o in pairwise([c * side ** 2, 512, features]):
             layers += [nn.Linear(i, o), activation]
     else:
         widths = [32 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
@@ -282,7 +243,7 @@ def discriminator(c, side, sn):
         layers, features = [], widths[-1] * small ** 2
         for i, o in pairwise([c, *widths]):
             layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), activation]
-            nn.init.kaiming_normal_(layers[-2].weight)  # torch's start is smaller: D stays at 1/2
+            nn.init.kaiming_normal_(layers[-2].weight)  # torch's is smaller, and D would stay 1/2
         layers.append(nn.Flatten())
     layers += [nn.Linear(features, 1), nn.Flatten(0)]
     for layer in layers:
@@ -292,124 +253,114 @@ def discriminator(c, side, sn):
 
 
 class Model(NamedTuple):
-    """What both players descend, and what bounds the slope of D."""
-    d: Callable                  # (real, fake) -> loss of D
-    g: Callable                  # fake -> loss of G
-    clip: float = math.inf       # D's weights stay in [-clip, clip]
-    sn: bool = False             # D with spectral norm
-    scale: float = 1.0           # the losses see so many times what D says
-    penalty: float = 0.0         # weight of the gradient penalty in D's loss
-    lr: tuple = (5e-4, 2e-3)     # Adam's rates at the start, of D and of G
+    """The losses of a model, what bounds the slope of D, and settings that suit it."""
+    loss_d: Callable             # (real, fake) -> loss of D
+    loss_g: Callable             # fake -> loss of G
+    clip: float = 0.0            # if above 0: D's weights stay in [-clip, clip]
+    sn: bool = False             # D has spectral norm
+    penalty: float = 0.0         # λ, the weight of the gradient penalty in D's loss
+    scale: float = 1.0           # s: the losses see s D(x); a small slope keeps D(x) near 0
+    lr_d: float = 5e-4           # Adam's learning rates at the start
+    lr_g: float = 2e-3
     beta2: float = 0.9           # of Adam; beta1 is a flag
-
-    def loss_d(self, D, x, x_fake):
-        """What D descends. Data and fakes go through D in one pass."""
-        real, fake = (self.scale * D(torch.cat([x, x_fake]))).split(len(x))
-        loss = self.d(real, fake)
-        return loss + self.penalty * gradient_penalty(D, x, x_fake) if self.penalty else loss
-
-    def loss_g(self, D, x_fake):
-        """What G descends."""
-        return self.g(self.scale * D(x_fake))
 
 
 MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
-    "sn": Model(bce_d, nonsaturating_g, sn=True, scale=SN_SCALE, lr=(3e-4, 3e-3), beta2=0.999),
-    "wgan": Model(wgan_d, wgan_g, clip=CLIP, lr=(1e-3, 1e-3)),
+    "sn": Model(bce_d, nonsaturating_g, sn=True, scale=8.0, lr_d=3e-4, lr_g=3e-3, beta2=0.999),
+    "wgan": Model(wgan_d, wgan_g, clip=0.03, lr_d=1e-3, lr_g=1e-3),  # Arjovsky 2017: 0.01
     "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
-    "wgan-gp": Model(wgan_d, wgan_g, penalty=LAMBDA, lr=(1e-3, 2e-3)),
+    "wgan-gp": Model(wgan_d, wgan_g, penalty=1.0, lr_d=1e-3),        # Gulrajani 2017: 10
 }
 
 
-class Classifier(nn.Module):
-    """x [B, 1, side, side] in [-1, 1] -> features [B, 64], logits [B, classes]."""
-
-    def __init__(self, side, classes):
-        super().__init__()
-        small = math.ceil(math.ceil(side / 2) / 2)
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.Flatten(), nn.Linear(32 * small ** 2, 64), nn.ReLU())
-        self.logits = nn.Linear(64, classes)
-
-    def forward(self, x):
-        h = self.features(x)
-        return h, self.logits(h)
+def classifier(side, classes):
+    """[B, 1, side, side] in [-1, 1] -> logits [B, classes]; without the last layer: 64 features."""
+    small = math.ceil(math.ceil(side / 2) / 2)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * small ** 2, 64), nn.ReLU(), nn.Linear(64, classes))
 
 
-class Inception(nn.Module):
-    """Inception v3 of torchvision: x [B, 3, H, W] in [-1, 1] -> features [B, 2048], logits."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.net = inception_v3(init_weights=False)  # it takes [-1, 1]: transform_input is off
-        self.net.load_state_dict(weights)
-        self.logits, self.net.fc = self.net.fc, nn.Identity()
-
-    def forward(self, x):
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", antialias=True)
-        h = self.net(x)
-        return h, self.logits(h)
+def inception(weights):
+    """torchvision's: [B, 3, H, W] in [-1, 1] -> logits; without the last layer: 2,048 features."""
+    net = torchvision.models.inception_v3(init_weights=False)  # for [-1, 1]: no transform_input
+    net.load_state_dict(weights)
+    logits, net.fc = net.fc, nn.Identity()
+    return nn.Sequential(torchvision.transforms.Resize((299, 299)), net, logits)
 
 
 # --- train -------------------------------------------------------------------------------------
 
-def train(run, args, model, n_critic, images, ruler):
-    """Trains one model; returns G and its pictures, uint8 [n_samples, C, H, W].
-
-    n_critic: D's steps to one of G. Above 1 they are paid for with steps of G: D and G together
-    have 2 --steps in every run. run logs, saves and draws: run.due(10) is true 10 times, run.note
-    adds to the row of that step, run.shoot adds pictures to process.png.
-    """
+def train(run, args, model, n_critic, images, quick_score):
+    """Trains one model, with n_critic steps of D to one of G, which together are 2 --steps. Returns
+    the averaged G, and z [n_samples, d_z] for its samples. quick_score: (G, z) -> dict, or {}."""
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     steps = max(1, round(2 * args.steps / (1 + n_critic)))
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
     G = generator(args.z_dim, c, side).to(run.device)
     D = discriminator(c, side, model.sn).to(run.device)
-    lr_d, lr_g = model.lr
-    lr_g *= min(1.0, (28 / side) ** 2)  # at 64 pixels, a rate for 28 would be too much for G
-    opt_d = torch.optim.Adam(D.parameters(), lr_d, (args.beta1, model.beta2), fused=True)
-    opt_g = torch.optim.Adam(G.parameters(), lr_g, (args.beta1, model.beta2), fused=True)
-    rate_d, rate_g = common.fading(opt_d, steps), common.fading(opt_g, steps)
-    average = common.average_of(G, steps)
+    opt_d, opt_g, schedule_d, schedule_g = optimisers(args, model, G, D, steps, side)
+    # the average of G's weights over about a quarter of the steps: better pictures than the last
+    average = swa_utils.AveragedModel(
+        G, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(math.exp(-4 / steps)))
     batches = run.batches(images, args.batch)
 
-    for _ in run.steps(steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d, rate_g=rate_g,
-                       rate_d=rate_d):
-        # D's half, n_critic times: descend its loss on data and on G's pictures, G untouched
+    for _ in run.steps(steps, G=G, D=D, average=average, opt_d=opt_d, opt_g=opt_g,
+                       schedule_d=schedule_d, schedule_g=schedule_g):
+        # D's half, n_critic times: minimise loss_d(s D(x), s D(G(z))) + λ E (‖∇D(x̂)‖ - 1)²
         for _ in range(n_critic):
             x = next(batches)[0]
             x_fake = G(torch.randn(len(x), args.z_dim, device=run.device))
-            loss_d = model.loss_d(D, x, x_fake.detach())
+            scores = model.scale * D(torch.cat([x, x_fake.detach()]))  # [2 B], both in one pass
+            loss_d = model.loss_d(*scores.split(len(x)))  # real, fake
+            if model.penalty:
+                loss_d = loss_d + model.penalty * gradient_penalty(D, x, x_fake)
             opt_d.zero_grad()
             loss_d.backward()
             opt_d.step()
-            if model.clip < math.inf:
-                clip(D, model.clip)
+            if model.clip:
+                clip(D, args.clip or model.clip)
 
-        # G's half: descend its loss. The gradient flows through D, but is kept for G alone (inputs)
-        loss_g = model.loss_g(D, x_fake)
+        # G's half: minimise loss_g(s D(G(z))), the pictures that D has just seen, with the new D
+        loss_g = model.loss_g(model.scale * D(x_fake))
         opt_g.zero_grad()
-        loss_g.backward(inputs=tuple(G.parameters()))
+        loss_g.backward(inputs=tuple(G.parameters()))  # through D, but no gradients for D's weights
         opt_g.step()
         average.update_parameters(G)
-
-        rate_d.step()
-        rate_g.step()
+        schedule_d.step()
+        schedule_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
-        if run.due(10) or run.at(SHOTS):
-            common.settle(average, z_fixed[:args.n_score])
-        if run.due(10):
-            run.note(slope=slope(D, torch.cat([x, x_fake])),
-                     **ruler.glance(average, z_fixed[:args.n_score]))
-        if run.at(SHOTS):
-            run.shoot(generate(average, z_fixed[:36]))
+        if run.every(10) or run.at(SNAPSHOTS):
+            monitor(run, D, average, torch.cat([x, x_fake]), z_fixed[:args.n_score], quick_score)
 
-    common.settle(average, z_fixed)
-    return average.module, common.to_uint8(generate(average, z_fixed))
+    swa_utils.update_bn(z_fixed.split(1000), average)
+    return average.module, z_fixed
+
+
+def optimisers(args, model, G, D, steps, side):
+    """Adam for D and G; both learning rates are constant for half of the steps, then fall to 0."""
+    lr_g = args.lr_g or model.lr_g * min(1.0, (28 / side) ** 2)  # smaller for large pictures
+    opts = [torch.optim.Adam(net.parameters(), lr, (args.beta1, model.beta2), fused=True)
+            for net, lr in ((D, args.lr_d or model.lr_d), (G, lr_g))]
+    return *opts, *(lr_scheduler.LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps))
+                    for opt in opts)
+
+
+def monitor(run, D, average, x, z, quick_score):
+    """During training: slope and scores for the log, the weights of the best FID, a snapshot."""
+    # batch norm's running statistics are those of other weights: compute the average's own
+    swa_utils.update_bn(z.split(1000), average)
+    if run.every(10):
+        scores = quick_score(average, z)
+        run.add_to_row(slope=gradient_norms(D.eval(), x).mean().item(), **scores)
+        D.train()  # in evaluation mode, u does not change
+        if "FID" in scores and scores["FID"] < run.extra.get("FID", math.inf):
+            run.extra.update(scores, step=run.step, G=copy.deepcopy(average.module.state_dict()))
+    if run.at(SNAPSHOTS):
+        run.snapshot(generate(average, z[:36]))
 
 
 @torch.no_grad()
@@ -421,332 +372,249 @@ def generate(G, z):
     return x
 
 
-def train_classifier(run, args, name, images, test):
-    """A classifier of the data: that of a run before, or trained now and kept."""
-    path = args.out / f"{name}_classifier.pt"
-    expected = {"shape": str(list(images.x.shape[1:])), "data": images.name,
-                "steps": str(args.classifier_steps), "seed": str(args.seed),
-                "train_stamp": images.stamp}
-    torch.manual_seed(args.seed)
-    net = Classifier(images.x.shape[2], int(images.y.max()) + 1).to(run.device)
-    opt = torch.optim.Adam(net.parameters(), fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
-    batches = run.batches(images, 128 - 128 % common.processes())
-
-    for _ in run.each(["classifier"]):  # once, or not at all if --resume has it
-        if path.exists():
-            net.load_state_dict(common.load_kept(path, ("net",), expected)["net"])
-        else:
-            for _ in run.steps(args.classifier_steps, net=net, opt=opt, rate=rate):
-                x, y = next(batches)
-                loss = F.cross_entropy(net(x)[1], y)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                rate.step()
-                run.log(loss=loss)
-            common.save({"settings": expected, "net": net.state_dict()}, path)
-        run.rows.clear()  # the losses of the classifier are of no use beside those of the GANs
-        run.done["classifier"] = net.state_dict()
-
-    net.load_state_dict(run.done["classifier"])
-    correct = read(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
-    print(f"the classifier reads {100 * correct.float().mean().item():.2f} % of the test pictures")
-    return net
-
-
 # --- measures ----------------------------------------------------------------------------------
 
-class Ruler(NamedTuple):
-    """The network that scores pictures, and the real ones that they are compared with.
-
-    Scores of two rulers do not compare. Without a network there are no scores: all is empty.
-    """
+class Metric(NamedTuple):
+    """A network and real pictures to compare with. Scores of different metrics do not compare."""
     name: str                    # "digit", "fashion" or "Inception"
-    net: Callable                # x in [-1, 1] -> features [B, d], logits [B, K]; or None
+    net: nn.Sequential           # x in [-1, 1] -> logits [B, K]; before the last layer: features
     reference: torch.Tensor      # features of real pictures [N, d], on the CPU
     real: torch.Tensor           # other real pictures, uint8, to see what a perfect score is
-    own: bool = True             # trained on this data, so that its classes are those of the data
-
-    def score(self, x):
-        """FID, IS, and of an own network's classes KL(their shares ‖ uniform), nats; x: uint8."""
-        if self.net is None:
-            return {}
-        features, probs = read(self.net, x)
-        numbers = {"FID": frechet_distance(features, self.reference),
-                   "IS": inception_score(probs)[0]}
-        if self.own:
-            k = probs.shape[1]
-            p = torch.bincount(probs.argmax(dim=1), minlength=k).double() / len(probs)
-            numbers["KL"] = torch.special.xlogy(p, k * p).sum().item()
-        return numbers
-
-    def glance(self, G, z):
-        """Scores of G while it trains; none by Inception, which would take minutes each time."""
-        return self.score(common.to_uint8(generate(G, z))) if self.own else {}
-
-    def calibration(self, images, seed, n=N_SAMPLES):
-        """The two ends of the scale: measures of n real pictures, and of n pictures of noise."""
-        if self.net is None:
-            return {}
-        rng = torch.Generator().manual_seed(seed)
-        noise = torch.randint(256, self.real[:n].shape, dtype=torch.uint8, generator=rng)
-        real = measure(self, self.real[:n], images)
-        if len(images.x) < 2 * N_SAMPLES:
-            del real["distance"]  # they would be compared with themselves
-        return {"real training pictures": real,
-                "noise": measure(self, noise.to(self.real.device), images)}
+    trained_here: bool           # on this data: it is fast, and its classes are those of the data
 
 
-def no_ruler(args, why):
-    """A Ruler without a network; says why, and ends a run that was to score files."""
-    if args.score:
-        common.fail(f"no scores: {why}")
-    print(f"no scores: {why}")
-    return Ruler("no", None, None, None, own=False)
-
-
-def make_ruler(run, args, images, test):
-    """For grey pictures a Ruler by a classifier of them, for colour by Inception, or by none."""
+def make_metric(run, args, images, test):
+    """A classifier of grey pictures, trained here; Inception v3 for colour, or None without it."""
     if images.x.shape[1] == 1:
-        name = "fashion" if images.name.startswith("Fashion") else "digit"
-        net = train_classifier(run, args, name, images, test)
-        return Ruler(name, net, read(net, test.x)[0], images.x[-N_SAMPLES:])
-    weights, d = Inception_V3_Weights.IMAGENET1K_V1, 2048
-    reference, real = (test.x, images.x) if len(test.x) > d else (images.x[::2], images.x[1::2])
-    if min(len(real), args.n_samples) <= d:
-        return no_ruler(args, f"a distance of {d} features needs {d + 1} samples and {2 * d + 2} "
-                              f"training pictures; here are {args.n_samples} and {len(images.x)}")
-    before = socket.getdefaulttimeout()
+        net = train_classifier(run, args, images, test)
+        return Metric("fashion" if args.data == "fashion" else "digit", net,
+                      features_and_probs(net, test.x)[0], images.x[-N_SAMPLES:], True)
+    weights, d = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1, 2048
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
     try:
         state = weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception:  # no network, or a broken file: the answer is the same
-        return no_ruler(args, "colour pictures are scored by Inception v3, and its weights cannot "
-                              f"be had: put torchvision's {Path(weights.url).name} into "
-                              f"{Path(torch.hub.get_dir()) / 'checkpoints'}")
-    finally:
-        socket.setdefaulttimeout(before)
-    net = Inception(state).to(run.device).eval()
-    return Ruler("Inception", net, read(net, reference[:N_SAMPLES])[0], real[-N_SAMPLES:],
-                 own=False)
+        why = ("no scores: Inception v3, which scores colour pictures, cannot be downloaded; put "
+               f"{Path(weights.url).name} into {Path(torch.hub.get_dir()) / 'checkpoints'}")
+        return common.fail(why) if args.score else print(why)
+    net = inception(state).to(run.device).eval()
+    # an FID needs more than d pictures: if test is smaller, half of the training pictures
+    halve = len(test.x) <= d < len(images.x) // 2
+    reference, real = (images.x[::2], images.x[1::2]) if halve else (test.x, images.x)
+    if min(len(reference), args.n_samples) <= d:
+        print(f"no FID: it needs {d + 1:,} samples and twice as many training pictures")
+    reference, _ = features_and_probs(net, reference[:N_SAMPLES])
+    return Metric("Inception", net, reference, real[-N_SAMPLES:], False)
+
+
+def train_classifier(run, args, images, test):
+    """A classifier of the data: the one that an earlier run has saved in --out, or a new one."""
+    file = args.out / f"{args.data}_classifier.pt"
+    settings = {key: str(vars(args).get(key))
+                for key in ("training_pictures", "seed", "classifier_steps")}
+    torch.manual_seed(args.seed)
+    net = classifier(images.x.shape[2], int(images.y.max()) + 1).to(run.device)
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    schedule = lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
+    batches = run.batches(images, 128)
+    for _ in run.each(["classifier"]):
+        if file.exists():
+            net.load_state_dict(common.load_saved(file, settings, ["classifier"])["classifier"])
+        else:
+            for _ in run.steps(args.classifier_steps, net=net, opt=opt, schedule=schedule):
+                x, y = next(batches)
+                loss = F.cross_entropy(net(x), y)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
+                run.log(loss=loss)
+            common.save({"settings": settings, "classifier": net.state_dict()}, file)
+            run.rows.clear()  # the log is for the GANs
+        run.done["classifier"] = net.state_dict()
+    net.load_state_dict(run.done["classifier"])
+    right = features_and_probs(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
+    print(f"the classifier is right for {100 * right.float().mean():.2f} % of the test pictures")
+    return net
 
 
 @torch.no_grad()
-def read(net, x):
-    """Features and class probabilities of pictures uint8 [N, C, H, W], on the CPU."""
-    some = max(1, 400_000 // x[0].numel())  # pictures at a time: Inception's maps are large
-    pairs = [net(common.to_float(part)) for part in x.split(some)]
-    features, logits = (torch.cat(parts).cpu() for parts in zip(*pairs))
-    return features, logits.softmax(dim=1)
+def features_and_probs(net, x):
+    """Features [N, d] and class probabilities [N, K] of pictures uint8 [N, C, H, W], on the CPU."""
+    size = max(1, 400_000 // x[0].numel())  # pictures at a time: Inception's maps are large
+    features = [net[:-1](common.to_float(part)) for part in x.split(size)]
+    logits = torch.cat([net[-1](part) for part in features])
+    return torch.cat(features).cpu(), logits.cpu().softmax(dim=1)
 
 
-def slope(D, x):
-    """Mean norm of D's gradient at the pictures x; in evaluation mode, where u does not move."""
-    norms = gradient_norms(D.eval(), x)
-    D.train()
-    return norms.mean().item()
+def score(features, probs, reference):
+    """FID (if N, M > d), IS, and KL(shares of the classes ‖ uniform) in nats, a dict, of pictures
+    with these features [N, d] and probs [N, K]. reference [M, d]: features of real pictures."""
+    p = torch.bincount(probs.argmax(dim=1), minlength=probs.shape[1]).double() / len(probs)
+    scores = {"IS": inception_score(probs)[0], "KL": torch.xlogy(p, len(p) * p).sum().item()}
+    if min(len(features), len(reference)) > features.shape[1]:
+        scores["FID"] = frechet_distance(features, reference)
+    return scores
 
 
-def measure(ruler, x, images):
-    """Scores and distance of pictures x, uint8, how many they are, and 64 of them for a figure."""
-    distances, _ = common.nearest(common.to_float(x[:N_NEAREST]), images)
-    return {"n": len(x), **ruler.score(x), "pictures": x[:64].cpu().clone(),
-            "distance": distances.mean().item()}
+def quick_score(metric, G, z):
+    """Scores of G during training; {} for Inception, which would take minutes each time."""
+    if metric is None or not metric.trained_here:
+        return {}
+    return score(*features_and_probs(metric.net, common.to_uint8(generate(G, z))), metric.reference)
 
 
-def path_measure(net, x):
-    """What lies in the middle of the ways x, uint8 [N, 3, C, H, W]: start, middle, end.
-
-    third: share of the middles that net reads as a class of neither end; confidence: mean of its
-    highest probability over all middles; ground: mean lightness, 0 to 1, of those pixels of the
-    middles that are black (darker than 5 %) at both ends.
-    """
-    probs = [read(net, part)[1] for part in x.unbind(dim=1)]
-    start, middle, end = (p.argmax(dim=1) for p in probs)
-    black = (x[:, [0, 2]] < 13).all(dim=1)
-    return {"n": len(x), "third": ((middle != start) & (middle != end)).double().mean().item(),
-            "confidence": probs[1].amax(dim=1).mean().item(),
-            "ground": x[:, 1][black].double().mean().item() / 255}
+def measure(metric, x, images):
+    """A row of the tables for pictures x, uint8, and 64 of them for a figure. distance: from x to
+    the nearest of 10,000 training pictures, root mean square over the pixels, in [-1, 1] units."""
+    distances, _ = common.nearest(common.to_float(x[:1000]), images)
+    row = {"n": len(x), "distance": distances.mean().item(), "pictures": x[:64].cpu().clone()}
+    if metric:
+        row |= score(*features_and_probs(metric.net, x), metric.reference)
+        if not metric.trained_here:
+            del row["KL"]  # the classes of ImageNet are not those of the data
+    return row
 
 
-def print_measures(title, ruler, measured, columns):
-    """A table with one row for each name of `measured`."""
-    header = [f"{ruler.name} {column}" if column in ("FID", "IS") else column for column in columns]
-    common.print_table([title, *header], [
-        [name, *(f"{numbers[column]:,}" if column == "n" else f"{numbers.get(column, math.nan):.3g}"
-                 for column in columns)] for name, numbers in measured.items()])
+def print_measures(title, metric, images, rows):
+    """A table of all rows by name, and of real pictures and noise, the ends of the scale."""
+    if metric:
+        rng, real = torch.Generator().manual_seed(0), metric.real
+        noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=rng).to(real.device)
+        rows = rows | {"real training pictures": measure(metric, real, images),
+                       "noise": measure(metric, noise, images)}
+    heads = {c: f"{metric.name} {c}" if c in ("FID", "IS") else c
+             for c in ("n", "FID", "IS", "KL", "distance", "slope", "best FID", "at step")
+             if any(c in row for row in rows.values())}
+    common.print_table([title, *heads.values()], [
+        [name, *(f"{v:,}" if isinstance(v := row.get(c, math.nan), int) else f"{v:.3g}"
+                 for c in heads)] for name, row in rows.items()])
 
 
-def score_files(args, images, ruler):
-    """scored.png and a table, the best FID first, of the files that --score names.
-
-    Files of ways between two pictures (common.paths) have a table of their own.
-    """
-    d, shape, measured = ruler.reference.shape[1], list(images.x.shape[1:]), {}
-    paths = {}
-    # Windows leaves it to the program what * stands for
-    files = [Path(file) for path in args.score for file in sorted(glob(str(path))) or [path]]
-    for path in dict.fromkeys(files):
-        x = None
-        with contextlib.suppress(Exception):  # whatever is wrong with the file
-            x = torch.load(path, map_location=images.x.device, weights_only=True)
-        is_tensor = torch.is_tensor(x) and x.ndim > 0
-        holds = f"holds {x.dtype} {list(x.shape)}" if is_tensor else "holds no tensor"
-        if x is None:
-            print(f"left out: {path} cannot be read" if path.exists() else
-                  f"left out: there is no {path}")
-        elif not is_tensor or list(x.shape[1:]) not in (shape, [3, *shape]):
-            print(f"left out: {path} {holds}; wanted are pictures, torch.uint8 "
-                  f"[N, {', '.join(map(str, shape))}]")
-        elif x.dtype != torch.uint8:
-            print(f"left out: {path} {holds}; of floats in [-1, 1] make bytes by "
-                  "((x + 1) * 127.5).round().to(torch.uint8)")
-        elif list(x.shape[1:]) == shape and len(x) > d:
-            measured[common.relative(path)] = measure(ruler, x, images)
-        elif x.ndim == 5 and len(x) and ruler.own:
-            paths[common.relative(path)] = path_measure(ruler.net, x)
+def score_files(args, images, metric):
+    """scored.png and a table, the best FID first, of the files that --score names."""
+    shape, rows = list(images.x.shape[1:]), {}
+    for file in dict.fromkeys(file for path in args.score for file in sorted(glob(path)) or [path]):
+        try:
+            x = torch.load(file, map_location=images.x.device, weights_only=True)
+            holds = f"{x.dtype} {list(x.shape)}"
+        except Exception as e:  # whatever is wrong with the file, it is left out
+            x, holds = torch.empty(0), f"no tensor ({type(e).__name__})"
+        if x.dtype == torch.uint8 and list(x.shape[1:]) == shape and len(x):
+            rows[file] = measure(metric, x, images)
         else:
-            print(f"left out: {path} {holds}; {d + 1} pictures or more are needed")
-    if not measured and not paths:
+            print(f"left out: {file} holds {holds}, not torch.uint8 [N, {str(shape)[1:]}")
+    if not rows:
         common.fail("no file is left to score: each must hold pictures like those of --data")
-    if paths:
-        x = images.x[:1001]
-        mixed = ((x[:-1].float() + x[1:]) / 2).to(torch.uint8)
-        paths["mean of two training pictures"] = path_measure(
-            ruler.net, torch.stack([x[:-1], mixed, x[1:]], dim=1))
-        print_measures(f"{images.name}, halfway", ruler, paths,
-                       ["n", "third", "confidence", "ground"])
-    if not measured:
-        return
-    measured = dict(sorted(measured.items(), key=lambda item: item[1]["FID"]))
-    draw_samples(args.out / "scored.png", images, measured, f"{ruler.name} scores, {images.name}")
-    print_measures(f"{images.name} (compare rows of equal n)", ruler, measured
-                   | ruler.calibration(images, args.seed, max(m["n"] for m in measured.values())),
-                   ["n", "FID", "IS", "KL", "distance"])
+    rows = dict(sorted(rows.items(), key=lambda item: item[1].get("FID", math.inf)))
+    plot_samples(args.out / "scored.png", images, rows, f"{metric.name} scores, {images.name}")
+    print_measures(f"{images.name} (compare rows of equal n)", metric, images, rows)
 
 
 # --- figures -----------------------------------------------------------------------------------
 
-def draw_samples(path, images, measured, title):
+def plot_samples(file, images, rows, title):
     """Pictures of the data and of all that was measured."""
     cells = [("data\n", common.panel(images.x[:64]))]
-    for label, numbers in measured.items():
-        path_of = Path(label.removesuffix(".pt"))  # of a file: its folder, and its name
-        label = f"{path_of.parent.name}\n{path_of.name.removeprefix('samples_')}".strip()
-        scores = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("FID", "IS") if key in numbers)
-        cells.append((f"{label}\n{scores}", common.panel(numbers["pictures"])))
+    for name, row in rows.items():
+        name = "\n".join(Path(name).parts[-2:]).removesuffix(".pt").replace("samples_", "")
+        scores = ", ".join(f"{key} {row[key]:.3g}" for key in ("FID", "IS") if key in row)
+        cells.append((f"{name}\n{scores}", common.panel(row["pictures"])))
     n = 3 if len(cells) <= 6 else 4  # in a row
-    common.save_panels(path, [("", cells[i:i + n]) for i in range(0, len(cells), n)], title)
+    common.save_panels(file, [("", cells[i:i + n]) for i in range(0, len(cells), n)], title)
 
 
-def draw_scores(args, images, names, log, ruler):
-    """scores.png: scores and D's slope while training, up to five models in a panel."""
-    columns = ["FID", "IS", "slope"] if ruler.own else ["slope"]
-    groups = [names[i:i + 5] for i in range(0, len(names), 5)]
-    fig, axes = common.figure(len(groups), len(columns), 3.3 * len(columns) + 1.2,
-                              2.9 * len(groups) + 0.4, f"{images.name}, seed {args.seed}: "
-                              f"scores of {args.n_score:,} pictures (thin) and their trend (thick)")
-    for line, group in zip(axes, groups):
-        for ax, column in zip(line, columns):
-            for name in group:
-                rows = [row for row in log if row["model"] == name and column in row]
-                steps, values = [row["step"] for row in rows], [row[column] for row in rows]
-                thick, = ax.plot(steps, trend(values), label=name)
-                ax.plot(steps, values, color=thick.get_color(), linewidth=0.6, alpha=0.5)
-            ax.set(title="slope of D: mean ‖∇D‖" if column == "slope" else f"{ruler.name} {column}",
-                   xlabel="step of G")
-        line[-1].set_yscale("log")  # of the slope
-        line[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+def plot_scores(args, images, names, log, metric):
+    """scores.png: scores and D's slope during training."""
+    keys = ["FID", "IS", "slope"] if metric and metric.trained_here else ["slope"]
+    fig, axes = common.figure(1, len(keys), 3.3 * len(keys) + 1.2, 3.3, f"{images.name}, seed "
+                              f"{args.seed}: {args.n_score:,} samples (thick), trend (thin)")
+    for ax, key in zip(axes[0], keys):
+        for name in names:
+            rows = [row for row in log if row["model"] == name and key in row]
+            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            trend = list(accumulate(values, lambda s, v: 0.6 * s + 0.4 * v))
+            thick, = ax.plot(steps, values, label=name)
+            ax.plot(steps, trend, color=thick.get_color(), linewidth=0.6, alpha=0.5)
+        ax.set(title=f"{metric.name} {key}" if key != "slope" else "slope of D: mean ‖∇D‖",
+               xlabel="step of G", yscale="linear" if key != "slope" else "log")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(names) // 11)
     common.save_figure(fig, args.out / "scores.png")
 
 
-def trend(values):
-    """s <- TREND s + (1 - TREND) v, from the first value on."""
-    smooth = values[:1]
-    for value in values[1:]:
-        smooth.append(TREND * smooth[-1] + (1 - TREND) * value)
-    return smooth
-
-
-def truncation(args, images, ruler, name, weights):
-    """truncation.png and its table: one G whose z lie within a limit, measured for each limit."""
+def truncation(args, images, metric, name, weights):
+    """truncation.png and its table: samples of one G from z within a limit, for each limit."""
     G = generator(args.z_dim, *images.x.shape[1:3]).to(images.x.device)
     G.load_state_dict(weights)
-    rng, measured = torch.Generator().manual_seed(args.seed), {}
+    rng, rows = torch.Generator().manual_seed(args.seed), {}
     for limit in LIMITS:
         z = truncated_normal(args.n_samples // 2, args.z_dim, limit, rng).to(images.x.device)
-        measured[f"|z| < {limit:g}" if limit < math.inf else "any z"] = measure(
-            ruler, common.to_uint8(generate(G, z)), images)
-    draw_samples(args.out / "truncation.png", images, measured, f"{name} on {images.name}, seed "
+        rows[f"|z| < {limit:g}"] = measure(metric, common.to_uint8(generate(G, z)), images)
+    plot_samples(args.out / "truncation.png", images, rows, f"{name} on {images.name}, seed "
                  f"{args.seed}, {args.n_samples // 2:,} samples for each limit of |z|")
-    print_measures(f"{name}, truncated z", ruler, measured, ["n", "FID", "IS", "KL", "distance"])
+    print_measures(f"{name}, truncated z", metric, images, rows)
 
 
 # --- main --------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
-    g = p.add_argument_group("models")
-    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                   default=[name for name in MODELS if name != "wgan-sn"],
-                   help=f"{', '.join(MODELS)}")
-    g.add_argument("--n-critic", nargs="+", type=common.number(int, 1), default=[1], metavar="N",
-                   help="D's steps to one of G; every model is trained with each of them, and D "
-                   "and G together have as many steps as with 1")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=64, help="length of z")
-    g = p.add_argument_group("training")
-    g.add_argument("--steps", type=common.number(int, 1), default=2200,
-                   help="of G, and as many of D (with --n-critic 1)")
-    g.add_argument("--batch", type=common.number(int, 1), default=64, help="pictures in a batch")
-    g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0,
-                   help="momentum of Adam, for both players")
-    g = p.add_argument_group("scores")
-    g.add_argument("--score", nargs="+", type=Path, metavar="FILE",
-                   help="trains no GAN: scores samples*.pt and paths*.pt of any chapter, or "
-                   "your uint8 tensor")
+    positive, count = common.number(float, above=0), common.number(int, 1)
+    g = p.add_argument_group("models and training")
+    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS),
+                   default=[name for name in MODELS if name != "wgan-sn"])
+    g.add_argument("--n-critic", nargs="+", type=count, default=[1], metavar="N",
+                   help="steps of D to one of G, for each of these every model is trained")
+    g.add_argument("--z-dim", type=count, default=64, help="length of z")
+    g.add_argument("--steps", type=count, default=2200, help="of G, and (--n-critic 1) of D")
+    g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")
+    g.add_argument("--lr-d", type=positive, help="learning rate of D; if not given: the model's")
+    g.add_argument("--lr-g", type=positive, help="learning rate of G; if not given: the model's")
+    g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0, help="of Adam")
+    g.add_argument("--clip", type=positive, help="bound of wgan's weights; if not given: 0.03")
+    g.add_argument("--score", nargs="+", metavar="FILE",
+                   help="trains no GAN: scores samples*.pt of any chapter, or your uint8 tensor")
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=1000)
     args = common.parse(p, argv, quick=dict(data="digits", steps=6, classifier_steps=20,
                                             n_samples=1000, n_score=200))
-    args.score = args.score or []
+    if args.clip and "wgan" not in args.models:
+        common.fail("--clip is for wgan alone: add it to --models")
     return args
-
-
-def train_models(run, args, images, ruler):
-    """Trains every model with every n_critic; draws, prints and writes what they have come to."""
-    models = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
-                 for n in args.n_critic for name in args.models}
-    for name in run.each(models):
-        G, samples = train(run, args, *models[name], images, ruler)
-        common.save(samples.cpu(), args.out / f"samples_{name}.pt")
-        common.save(G.state_dict(), args.out / f"weights_{name}.pt")
-        run.done[name] = {"slope": run.rows[-1]["slope"], "G": G.state_dict(),
-                          **measure(ruler, samples, images)}
-
-    done = {name: numbers for name, numbers in run.done.items() if name != "classifier"}
-    draw_samples(args.out / "samples.png", images, done, f"{images.name}, seed {args.seed}, "
-                 f"{2 * args.steps:,} steps of D and G together"
-                 + ", same z for all" * (len(done) > 1))
-    draw_scores(args, images, list(done), run.rows, ruler)
-    print_measures(images.name, ruler, done | ruler.calibration(images, args.seed),
-                   ["FID", "IS", "KL", "distance", "slope"])
-    if ruler.own:
-        best = min(done, key=lambda name: done[name]["FID"])
-        truncation(args, images, ruler, best, done[best]["G"])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with common.Run(args) as run:
-        images = common.load_images(args, run.device)
-        test = common.load_images(args, run.device, train=False)
-        common.check_side(images)
-        ruler = make_ruler(run, args, images, test)
-        if args.score:
-            score_files(args, images, ruler)
-        else:
-            train_models(run, args, images, ruler)
+    run = common.Run(args)
+    images = common.load_images(args, run.device)
+    test = common.load_images(args, run.device, train=False)
+    metric = make_metric(run, args, images, test)
+    if args.score:
+        return score_files(args, images, metric)
+    models = {name if n == 1 else f"{name}-x{n}": (MODELS[name], n)
+              for n in args.n_critic for name in args.models}
+    for name in run.each(models):
+        G, z = train(run, args, *models[name], images, lambda G, z: quick_score(metric, G, z))
+        samples = common.to_uint8(generate(G, z))
+        common.save(samples.cpu(), args.out / f"samples_{name}.pt")
+        common.save(G.state_dict(), args.out / f"weights_{name}.pt")
+        row = measure(metric, samples, images)
+        row |= {"slope": run.rows[-1]["slope"], "G": copy.deepcopy(G.state_dict())}
+        if run.extra:  # early stopping: the weights whose FID was the lowest during training
+            G.load_state_dict(run.extra["G"])
+            swa_utils.update_bn(z.split(1000), G)
+            common.save(G.state_dict(), args.out / f"best_{name}.pt")
+            best = measure(metric, common.to_uint8(generate(G, z)), images)
+            row |= {"best FID": best["FID"], "at step": run.extra["step"]}
+        run.done[name] = row
+    rows = {name: row for name, row in run.done.items() if name != "classifier"}
+    plot_samples(args.out / "samples.png", images, rows, f"{images.name}, seed {args.seed}, "
+                 f"{2 * args.steps:,} steps of D and G together, same z for all")
+    plot_scores(args, images, list(rows), run.rows, metric)
+    print_measures(images.name, metric, images, rows)
+    if metric and metric.trained_here:
+        best = min(rows, key=lambda name: rows[name]["FID"])
+        truncation(args, images, metric, best, rows[best]["G"])
 
 
 if __name__ == "__main__":
-    common.as_script(main)
+    main()

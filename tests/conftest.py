@@ -56,8 +56,8 @@ def digits_dir(tmp_path_factory):
     """A --data-dir that all tests share, with a tenth of the synthetic digits, made once."""
     import common
     folder = tmp_path_factory.mktemp("data")
-    torch.save([common.draw_digits(400, seed=1), common.draw_digits(2000, seed=0)],
-               folder / "digits.pt")
+    torch.save([common.make_digits(400, seed=1), common.make_digits(2000, seed=0)],
+               folder / "synthetic_digits.pt")
     return folder
 
 
@@ -72,7 +72,9 @@ def no_figures(monkeypatch):
 def no_checkpoints(monkeypatch):
     """None is written, which in a short run takes longer than the steps between two."""
     import common
-    monkeypatch.setattr(common, "save_checkpoint", lambda *args, **state: None)
+    save = common.save
+    monkeypatch.setattr(common, "save", lambda value, file: (
+        None if file.name == "checkpoint.pt" else save(value, file)))
 
 
 @pytest.fixture
@@ -81,12 +83,13 @@ def tensors_alive(monkeypatch):
     import common
     alive = []
 
-    def count(step, **losses):
+    def log(run, **losses):
+        run.numbers = {name: loss.item() for name, loss in losses.items()}
         if "loss_g" in losses:
             gc.collect()
             alive.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
 
-    monkeypatch.setattr(common, "check_finite", count)
+    monkeypatch.setattr(common.Run, "log", log)
     gc.collect()
     gc.freeze()  # what is there already is neither collected nor listed, which takes 0.2 s a time
     yield alive

@@ -1,28 +1,38 @@
 """What tests of whole runs share: ways to end a run, to compare what it left, and small data."""
 
 import contextlib
+import signal
 from unittest import mock
 
 import numpy
 import pytest
 import torch
+from matplotlib.animation import PillowWriter
 from PIL import Image
 
 import common
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """A Run takes the signal of Ctrl-C; this gives it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def killed_after(saves):
     """Within it the run dies right after that many checkpoints."""
-    save, left = common.save_checkpoint, [saves]
+    save, left = common.save, [saves]
 
-    def save_and_die(*args, **state):
-        save(*args, **state)
-        left[0] -= 1
+    def save_and_die(value, file):
+        save(value, file)
+        left[0] -= file.name == "checkpoint.pt"
         if left[0] == 0:
             raise RuntimeError("killed")
 
-    with mock.patch.object(common, "save_checkpoint", save_and_die), \
+    with mock.patch.object(common, "save", save_and_die), \
             pytest.raises(RuntimeError, match="killed"):
         yield
 
@@ -60,8 +70,10 @@ def make_no_figures(patch):
         return mock.MagicMock(), axes
 
     patch.setattr(common, "figure", figure)
-    for name in ("save_figure", "save_panels", "save_process", "save_animation", "plot_curves"):
+    for name in ("save_figure", "save_panels", "save_process", "plot_curves"):
         patch.setattr(common, name, lambda *args, **more: None)
+    patch.setattr(PillowWriter, "saving", lambda *args, **more: contextlib.nullcontext())
+    patch.setattr(PillowWriter, "grab_frame", lambda writer: None)
 
 
 def all_white(monkeypatch):

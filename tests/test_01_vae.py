@@ -63,6 +63,17 @@ def test_negative_elbo_is_kl_minus_the_mean_log_likelihood(seed, n, k):
     negative_elbo_is_its_mean(vae.negative_elbo, seed, n, k)
 
 
+@about("negative_elbo")
+@given(seeds(), sizes, sizes, st.floats(0, 10))
+def test_the_weight_of_the_kl_multiplies_the_kl_alone(seed, n, k, weight):
+    """Linear in the weight: from the reconstruction alone (0) to -ELBO (1), and on."""
+    mu, logvar = gaussian(seed, n, 3)
+    log_px = normal(seed, k, n)
+    at_0, at_1, at = (vae.negative_elbo(log_px, mu, logvar, w) for w in (0.0, 1.0, weight))
+    assert torch.equal(at_0, -log_px.mean(dim=0))
+    assert_close(at, at_0 + weight * (at_1 - at_0), rtol=1e-10, atol=1e-10)  # a few roundings
+
+
 @pytest.mark.parametrize("twin", [
     lambda log_px, mu, logvar: vae.kl_standard_normal(mu, logvar) + log_px.mean(dim=0),
     lambda log_px, mu, logvar: vae.kl_standard_normal(mu, logvar) - log_px.sum(dim=0),
@@ -275,12 +286,3 @@ def test_encoding_twice_differs_and_decoding_twice_does_not(c, side):
     assert logits.shape == (2, 4, c, side, side) and torch.equal(logits, net.decode(z))
     # float32 sums in another order
     assert_close(logits[1], net.decode(z[1]), rtol=1e-4, atol=1e-5)
-
-
-@given(seeds())
-def test_mirrored_pictures_are_themselves_or_their_mirror_image(seed):
-    torch.manual_seed(seed)
-    x = torch.rand(64, 3, 2, 5)
-    mirrored = vae.mirrored(x)
-    kept, turned = ((mirrored == a).flatten(1).all(dim=1) for a in (x, x.flip(3)))
-    assert (kept ^ turned).all() and kept.any() and turned.any()  # all alike: 2 times in 2^64

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from strategies import about, generator, normal, seeds
+from strategies import about, generator, normal, rejected, seeds
 
 unrolled = importlib.import_module("03_unrolled_gan")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -264,14 +264,14 @@ def test_d_returns_logits(nets, shape):
 # --- measures ----------------------------------------------------------------------------------
 
 @given(st.lists(st.integers(0, 50), min_size=8, max_size=8), seeds())
-def test_mode_report_counts_what_was_put_there(counts, seed):
+def test_measure_counts_the_modes_that_were_put_there(counts, seed):
     """Points put at 1 std of chosen modes are good, points in the middle of the ring are not."""
     angle = torch.arange(8) * math.pi / 4
     centres, lost = 2 * torch.stack([angle.cos(), angle.sin()], dim=1), 10
     near = centres + torch.tensor([0.02, 0.0])
     x = torch.cat([near[i].expand(n, 2) for i, n in enumerate(counts)] + [torch.zeros(lost, 2)])
     x = x[torch.randperm(len(x), generator=generator(seed))]
-    report = unrolled.mode_report(x, centres, 0.02)
+    report = unrolled.measure(x, unrolled.Mixture("ring", centres, 0.02, 256, None, 3.0))
     total = sum(counts)
     assert report["modes"] == sum(n > 0 for n in counts)
     assert_close(report["good"], total / (total + lost), rtol=1e-6, atol=0)
@@ -289,12 +289,54 @@ def test_kl_to_uniform_reaches_both_ends():
 
 
 @given(seeds(), st.lists(st.integers(0, 59), min_size=1, max_size=30))
-def test_class_report_finds_copies_of_training_pictures(seed, chosen):
+def test_measure_finds_copies_of_training_pictures(seed, chosen):
     x = torch.randint(256, (60, 1, 4, 4), dtype=torch.uint8, generator=generator(seed))
     images = SimpleNamespace(x=x, y=torch.arange(60) % 10)
     copies = x[chosen] / 127.5 - 1
-    report = unrolled.class_report(copies, images)
+    report = unrolled.measure(copies, images)
     assert report["classes"] == len({i % 10 for i in chosen})
     assert report["distance"] < 1e-3  # float32 cdist by matrix product: sqrt(eps) * norm, norm <= 4
     images.y = None
-    assert unrolled.class_report(copies, images).keys() == {"distance"}
+    assert unrolled.measure(copies, images).keys() == {"distance"}
+
+
+# --- data --------------------------------------------------------------------------------------
+
+def has_distinct_equal_centres(ring, m):
+    """All m complex roots of z^m = 2^m, which are the corners of a regular polygon."""
+    centres = ring(m).double()
+    power = (torch.view_as_complex(centres) / 2) ** m
+    assert_close(power, torch.ones_like(power), rtol=0, atol=1e-4)  # m roundings of float32
+    assert torch.pdist(centres).min() > 1 / m
+
+
+@given(st.integers(3, 40))
+def test_ring_has_m_distinct_equally_spaced_centres(m):
+    has_distinct_equal_centres(unrolled.ring, m)
+
+
+@given(st.integers(3, 40))
+def test_a_ring_whose_ends_meet_is_rejected(m):
+    """The slip of the authors' notebook: linspace(0, 2π, m) gives m - 1 modes, one double."""
+    def twin(m):
+        angle = torch.linspace(0, 2 * math.pi, m)
+        return 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    assert rejected(has_distinct_equal_centres, twin, m)
+
+
+def test_grid_is_centred_and_spaced_by_two():
+    line = (-4, -2, 0, 2, 4)
+    assert sorted(unrolled.grid().tolist()) == [[x, y] for x in line for y in line]
+
+
+@given(seeds())
+def test_mixture_weights_are_equal_and_spread_is_std(seed):
+    torch.manual_seed(seed)
+    centres, n, std = unrolled.ring(), 8000, 0.02
+    x = unrolled.gaussian_mixture(centres, std, n)
+    distance, nearest = torch.cdist(x, centres).min(dim=1)
+    counts = torch.bincount(nearest, minlength=8)
+    # counts are binomial(n, 1/8); six standard deviations
+    assert (counts - n / 8).abs().max() < 6 * math.sqrt(n * (1 / 8) * (7 / 8))
+    # sum of distance² / std² is chi squared with 2n degrees: mean 2n, variance 4n
+    assert abs((distance / std).pow(2).sum().item() - 2 * n) < 6 * math.sqrt(4 * n)

@@ -2,6 +2,10 @@
 
 import importlib
 import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -101,19 +105,25 @@ def test_a_nan_loses_to_an_infinite_error_and_no_steps_leave_the_start_as_it_is(
     assert errors[:, 1].isinf().all() and torch.equal(z, z0[:, 1])
 
 
-@about("invert", "squared_error", edge=True)
+@about("invert", "squared_error", "check_starts", edge=True)
 @pytest.mark.parametrize("shape", [(4, 3, 3), (1, 2, 3, 3), (4, 2, 1, 3), (4, 1, 3, 3)])
-def test_pictures_of_a_shape_that_g_does_not_draw_are_refused(shape):
+def test_pictures_of_a_shape_that_g_does_not_generate_are_refused(shape):
     """They would broadcast: each picture with all, one for all, a row for all, grey for colour."""
     G, x, z0 = small_problem(0, 4, 2)
     pytest.raises(ValueError, inversion.squared_error, x, normal(1, *shape))
     pytest.raises(ValueError, inversion.invert, G, normal(1, *shape), z0, 1, 0.1)
+    pytest.raises(ValueError, inversion.check_starts, G, normal(1, *shape), z0)
 
 
-@about("invert", edge=True)
-def test_a_generator_in_training_mode_is_refused():
+@about("invert", "check_starts", edge=True)
+def test_a_generator_in_training_mode_and_starts_without_three_dimensions_are_refused():
     G, x, z0 = small_problem(0, 2, 1)
+    for z in (z0[:, 0], z0[:1], z0[0, 0]):
+        with pytest.raises(ValueError, match=re.escape(str(list(z.shape)))):
+            inversion.check_starts(G, x, z)
+        pytest.raises(ValueError, inversion.invert, G, x, z, 1, 0.1)
     pytest.raises(ValueError, inversion.invert, G.train(), x, z0, 1, 0.1)
+    pytest.raises(ValueError, inversion.check_starts, G, x, z0)
 
 
 @about("invert", edge=True)
@@ -192,7 +202,7 @@ def test_wrong_encoder_losses_are_rejected(twin):
 
 @about("squared_error")
 @given(seeds(), st.integers(1, 8))
-def test_errors_and_the_report_are_what_loops_over_pictures_give(seed, n):
+def test_errors_and_measures_are_what_loops_over_pictures_give(seed, n):
     x, x_rec = normal(seed, n, 2, 3, 3), normal(seed + 1, n, 2, 3, 3)
     x_rec[0] = x[0] + 0.9 * inversion.FOUND ** 0.5  # the only one below FOUND
     z, z_true = normal(seed + 2, n, 4), normal(seed + 3, n, 4)
@@ -205,21 +215,35 @@ def test_errors_and_the_report_are_what_loops_over_pictures_give(seed, n):
     for k in set(y.tolist()):
         mine = [e for e, label in zip(error, y) if label == k]
         expected[f"class {k}"] = sum(mine) / len(mine)
-    assert inversion.report(x, x_rec, z, z_true, y) == pytest.approx(expected)
-    assert math.isnan(inversion.report(x, x_rec, z, None, None)["z error"])
+    assert inversion.measure(x, x_rec, z, z_true, y) == pytest.approx(expected)
+    assert math.isnan(inversion.measure(x, x_rec, z, None, None)["z error"])
 
 
-@given(st.integers(0, 16), st.integers(0, 12))
-def test_the_worst_window_is_where_the_error_was_planted_and_gets_a_red_frame(row, column):
-    x, frame = torch.zeros(1, 3, 20, 16), torch.zeros(20, 16, dtype=torch.bool)
-    x_rec = x + 0.1
-    x_rec[:, :, row:row + 4, column:column + 4] += 0.5
-    value, top, left = inversion.worst_window(x, x_rec, 4)
-    assert (top.item(), left.item(), value.item()) == (row, column, pytest.approx(0.6 ** 2))
-    frame[row:row + 4, column:column + 4] = True
-    frame[row + 1:row + 3, column + 1:column + 3] = False
-    red = inversion.worst(x, x_rec, None)[0][:, 0] == 255  # a quarter of the width is 4 again
-    assert torch.equal(red, frame.expand(2, -1, -1))
+@settings(max_examples=5)
+@given(seeds(), st.integers(1, 40))
+def test_figures_take_any_number_of_pictures_and_show_the_largest_errors(seed, n):
+    """worst.png, left to right: each picture before its inversion, the largest error first."""
+    x, x_rec, saved = normal(seed, n, 1, 4, 4).tanh(), normal(seed + 1, n, 1, 4, 4).tanh(), {}
+    found = {"x_rec": x_rec, "psnr": 0.0, "z": normal(seed, n, 3), "errors": torch.ones(n, 2, 3)}
+    results = {label: {"random starts": found, "hybrid": found} for label in ("generated", "test")}
+    with mock.patch.multiple(
+            inversion.common, panel=lambda x, columns=8: x, to_uint8=lambda x: x,
+            save_panels=lambda file, rows, *rest, **more: saved.update({file.name: rows})):
+        inversion.figures(SimpleNamespace(out=Path(), seed=0), "data", lambda z: x[:1], {
+            label: (x, None, None) for label in results}, results, x)
+    errors = ((x - x_rec) ** 2).mean(dim=(1, 2, 3))
+    order = sorted(range(n), key=lambda i: -errors[i])[:32]
+    expected = [picture for i in order for picture in (x[i], x_rec[i])]
+    assert_close(saved["worst.png"][0][1][1][1], torch.stack(expected), rtol=0, atol=0)
+    assert set(saved) == {"inversion.png", "starts.png", "worst.png", "between.png"}
+
+
+@given(st.integers(1, 40))
+def test_interpolations_begin_and_end_at_pictures(n):
+    x = torch.arange(float(n))[:, None, None, None].expand(n, 1, 4, 4) / n
+    rows = inversion.interpolate(x).unflatten(0, (8, 9))
+    assert_close(rows[:, [0, -1]].flatten(0, 1), torch.cat([x] * 16)[:16])
+    assert_close(rows[:, 4], (rows[:, 0] + rows[:, -1]) / 2)
 
 
 @pytest.mark.parametrize("c, side", [(1, 28), (3, 32), (3, 64)])

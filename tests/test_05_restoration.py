@@ -3,13 +3,17 @@
 import importlib
 import itertools
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchvision.transforms import functional as TF
 
 from strategies import about, generator, normal, rejected, seeds
 
@@ -139,36 +143,108 @@ def test_a_nan_loses_to_an_infinite_objective_and_no_steps_leave_the_start_as_it
     assert objectives[:, 1].isinf().all() and torch.equal(z, z0[:, 1])
 
 
-@about("seen", "misfit", "restore", edge=True)
-@pytest.mark.parametrize("y, mask", [
+REFUSED = [
     ((2, 3, 3), (2, 1, 3, 3)), ((2, 2, 3, 3), (2, 3, 3)), ((1, 2, 3, 3), (1, 1, 3, 3)),
     ((2, 2, 3, 3), (3, 3)), ((2, 2, 3, 3), (3, 1, 3, 3)), ((2, 1, 3, 3), (2, 1, 3, 3)),
-    ((2, 2, 3, 3), (2, 1, 3, 2))])
+    ((2, 2, 3, 3), (2, 1, 3, 2)), ((2, 2, 3, 3), (2, 1, 1, 1)), ((2, 2, 3, 4), (2, 1, 3, 4))]
+
+
+@about("check_mask", "misfit", "restore", edge=True)
+@pytest.mark.parametrize("y, mask", REFUSED)
 def test_sizes_that_do_not_fit_are_refused(y, mask):
     """They would broadcast: each picture with every mask, one for all, grey for colour."""
-    G, x, _, z0 = small_problem(0, 2, 1)
+    G, x, _, z0 = small_problem(0, 2, 3)
     y, mask = torch.zeros(y).double(), torch.ones(mask)
-    pytest.raises(ValueError, restoration.seen, mask, x, y)
+    pytest.raises(ValueError, restoration.check_mask, mask, x, y)
     pytest.raises(ValueError, restoration.misfit, G, z0[:, 0], y, mask)
-    pytest.raises(ValueError, restoration.restore, G, y, mask, z0, 1, 0.1, 0.2)
     pytest.raises(ValueError, restoration.psnr, x, y, mask)
-    pytest.raises(ValueError, restoration.share_of_wins, y, x, x, mask)
+    with pytest.raises(ValueError) as refused:
+        restoration.restore(G, y, mask, z0, 1, 0.1, 0.2)
+    assert "[6, " not in str(refused.value)  # the reader's own shapes, and not those of all starts
 
 
-@about("seen", "misfit", "restore", "neighbours", edge=True)
+@about("check_starts", "restore", edge=True)
+def test_starts_that_do_not_fit_and_a_generator_in_training_mode_are_refused():
+    G, y, mask, z0 = small_problem(0, 2, 1)
+    for z in (z0[:, 0], z0[:1], z0[0, 0]):
+        with pytest.raises(ValueError, match=re.escape(str(list(z.shape)))):
+            restoration.check_starts(G, y, z)
+        pytest.raises(ValueError, restoration.restore, G, y, mask, z, 1, 0.1, 0.2)
+    pytest.raises(ValueError, restoration.restore, G.train(), y, mask, z0, 1, 0.1, 0.2)
+    pytest.raises(ValueError, restoration.check_starts, G, y, z0)
+
+
+def other_values_than_0_and_1_are_refused(restore):
+    """A mask of 0 and 255, or of 0 and 0.999, would hide every pixel: z* = 0 fits them all."""
+    G, y, mask, z0 = small_problem(0, 2, 1)
+    for bad in ((255 * mask).to(torch.uint8), 0.999 * mask, -mask, mask / 0):
+        try:
+            restore(G, y, bad, z0, 1, 0.1, 0.2)
+        except ValueError:
+            continue
+        raise AssertionError("not refused")
+
+
+@about("restore", edge=True)
+def test_other_values_than_0_and_1_are_refused():
+    other_values_than_0_and_1_are_refused(restoration.restore)
+
+
+@about("check_mask", "misfit", "neighbours", edge=True)
+@pytest.mark.parametrize("factor", [255, 0.999, -1, math.nan])
+def test_other_values_than_0_and_1_are_refused_everywhere(factor):
+    G, y, mask, z0 = small_problem(0, 2, 1)
+    pytest.raises(ValueError, restoration.check_mask, factor * mask, y)
+    pytest.raises(ValueError, restoration.misfit, G, z0[:, 0], y, factor * mask)
+    pytest.raises(ValueError, restoration.neighbours, y, factor * mask)
+    pytest.raises(ValueError, restoration.psnr, y, -y, factor * mask)
+
+
+def test_a_mask_whose_values_are_not_looked_at_is_rejected():
+    assert rejected(other_values_than_0_and_1_are_refused, lambda G, y, mask, *rest:
+                    restoration.restore(G, y, mask == 1, *rest))
+
+
+@about("check_mask", "misfit", "restore", "neighbours", edge=True)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
 def test_masks_of_every_type_and_as_large_as_the_pictures_hide_the_same(dtype):
     G, y, mask, z0 = small_problem(0, 2, 1)
 
     def all_of(mask):
-        assert torch.equal(restoration.seen(mask, y), mask == 1)
         return (restoration.misfit(G, z0[:, 0], y, mask), restoration.neighbours(y, mask),
-                restoration.restore(G, y, mask, z0, 2, 0.1, 0.2), restoration.psnr(y, -y, mask),
-                restoration.share_of_wins(y, -y, y.roll(1), mask))
-    assert torch.equal(restoration.seen(mask[:1].to(dtype), y), mask[:1] == 1)  # one for all
-    assert not restoration.seen(mask / 2, y).any()  # seen is 1, and no other number
+                restoration.restore(G, y, mask, z0, 2, 0.1, 0.2), restoration.psnr(y, -y, mask))
     for other in (mask.to(dtype), mask.to(dtype).expand_as(y)):
+        assert restoration.check_mask(other, y) is None
         assert_close(all_of(other), all_of(mask), rtol=0, atol=0)
+
+
+def one_mask_serves_all_pictures(restore, n, r):
+    """[1, 1, H, W] is the same as N copies of it, whatever the numbers of pictures and starts."""
+    G, y, mask, z0 = small_problem(0, n, r)
+    expected = restore(G, y, mask[:1].expand(n, 1, 3, 3), z0, 3, 0.1, 0.2)
+    try:
+        found = restore(G, y, mask[:1], z0, 3, 0.1, 0.2)
+    except ValueError:
+        raise AssertionError("refused") from None
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+@about("restore", edge=True)
+@given(counts, starts)
+def test_one_mask_serves_all_pictures(n, r):
+    one_mask_serves_all_pictures(restoration.restore, n, r)
+    _, y, mask, _ = small_problem(0, n, r)
+    assert_close(restoration.neighbours(y, mask[:1]),
+                 restoration.neighbours(y, mask[:1].expand(n, 1, 3, 3)), rtol=0, atol=0)
+
+
+def test_a_mask_that_is_repeated_as_it_is_is_rejected():
+    """[1, 1, H, W] becomes [R, 1, H, W]: that fits N R pictures only for R = 1 or N = 1."""
+    def twin(G, y, mask, z0, *rest):
+        restoration.check_mask(mask.repeat_interleave(z0.shape[1], dim=0),
+                               y.repeat_interleave(z0.shape[1], dim=0))
+        return restoration.restore(G, y, mask, z0, *rest)
+    assert rejected(one_mask_serves_all_pictures, twin, 2, 3)
 
 
 @about("restore", edge=True)
@@ -213,24 +289,6 @@ def test_with_a_linear_generator_it_is_ridge_regression(seed, lam):
     ids=["no prior", "mean for sum", "blind"])
 def test_wrong_restorations_are_rejected(twin):
     assert rejected(linear_restoration_is_ridge_regression, twin, 0, 2.0)
-
-
-@about("restore", edge=True)
-def test_a_generator_in_training_mode_is_refused():
-    G, *case = small_problem(0, 2, 1)
-    pytest.raises(ValueError, restoration.restore, G.train(), *case, 1, 0.1, 0.2)
-
-
-@given(seeds(), counts, starts)
-def test_starts_are_the_best_of_the_pool(seed, n, r):
-    G, y, mask, z0 = small_problem(seed, n, 7)
-    y, z = torch.where(mask == 1, y, math.nan), z0[0]
-    found = restoration.best_starts((z, G(z).detach()), y, mask, 0.1, r)
-    for i in range(n):
-        objective = [sum(squares_where(x, y[i], mask[i])) + 0.1 * (one ** 2).sum().item()
-                     for one, x in zip(z, G(z))]
-        order = sorted(range(7), key=objective.__getitem__)[:r]
-        assert torch.equal(found[i], z[order])
 
 
 # --- masks, psnr, baseline ---------------------------------------------------------------------
@@ -291,17 +349,26 @@ def test_three_holes_hide_more_than_one():
 
 
 @given(seeds(), counts)
-def test_psnr_and_wins_by_their_definitions(seed, n):
+def test_measures_by_their_definitions(seed, n):
+    """PSNR on hidden pixels and on all, and the share of pictures in which the neighbours win."""
     a, b, x = normal(seed, 3 * n, 2, 4, 4).split(n)
-    where = random_mask(seed, n, 4)
-    a, x = (torch.where(where == 1, c, math.nan) for c in (a, x))
-    squares = [[squares_where(*one) for one in zip(c, x, where)] for c in (a, b)]
-    of_all = sum(squares[0], [])
-    expected = 20 * math.log10(2 / math.sqrt(sum(of_all) / len(of_all)))
-    assert restoration.psnr(a, x, where) == pytest.approx(expected)
-    wins = sum(sum(p) < sum(q) for p, q in zip(*squares)) / n
-    assert restoration.share_of_wins(a, b, x, where) == pytest.approx(wins)
-    assert restoration.share_of_wins(a, a, x, where) == 0
+    mask = random_mask(seed, n, 4)
+    mask[:, :, 1, 1] = 0
+    found = restoration.measure(x, {"neighbours": a, "known mask": b}, mask)
+
+    def decibels(squares):
+        return 20 * math.log10(2 / math.sqrt(sum(squares) / len(squares)))
+    for where, name in ((1 - mask, "psnr hidden"), (torch.ones_like(mask), "psnr all")):
+        squares = [[squares_where(*one) for one in zip(c, x, where)] for c in (a, b)]
+        assert list(found[name].values()) == pytest.approx([decibels(sum(c, [])) for c in squares])
+        if name == "psnr hidden":
+            wins = sum(sum(p) < sum(q) for p, q in zip(*squares)) / n
+    assert found["neighbours win"] == pytest.approx(wins)
+    assert found["hidden"] == pytest.approx((mask == 0).double().mean().item())
+    same = restoration.measure(x, {"neighbours": b, "known mask": b}, mask)
+    assert same["neighbours win"] == 0
+    nan = torch.where(mask == 1, math.nan, a)  # what does not count does not matter
+    assert restoration.psnr(nan, x, 1 - mask) == found["psnr hidden"]["neighbours"]
 
 
 def test_psnr_of_half_precision_does_not_overflow():
@@ -347,3 +414,161 @@ def test_wrong_baselines_are_rejected(twin):
                                   torch.ones(2, 4, 4)], ids=["nothing seen of one", "sizes"])
 def test_masks_without_neighbours_are_refused(mask):
     pytest.raises(ValueError, restoration.neighbours, torch.ones(2, 1, 4, 4), mask)
+
+
+# --- your own photo ----------------------------------------------------------------------------
+
+SEVEN = [(-30, -50), (30, -50), (-5, 50)]
+PHOTOS = {"small, on its side": dict(size=1, orientation=6), "shadow": dict(shadow=0.55),
+          "turned, near the edge": dict(turn=12, at=(530, 130), light=0.4),
+          "light pen on dark": dict(paper=0.15, ink=0.85, light=0.5),
+          "all at once": dict(shadow=0.45, turn=-8, orientation=8, at=(400, 200))}
+
+
+def photograph(path, size=2, at=(320, 240), turn=0, paper=0.85, ink=0.15, light=0.9, shadow=0,
+               orientation=1):
+    """Writes a photo of 640x480 pixels; returns the share of each pixel that the pen covers."""
+    sheet = Image.new("L", (640, 480))
+    ImageDraw.Draw(sheet).line([(at[0] + size * x, at[1] + size * y) for x, y in SEVEN], fill=255,
+                               width=9 * size, joint="curve")
+    pen = TF.to_tensor(sheet.rotate(turn, Image.Resampling.BICUBIC, center=at))[0]
+    y, x = torch.linspace(-1, 1, 480)[:, None], torch.linspace(-1, 1, 640)
+    shade = (30 * torch.minimum(y + 0.2 * x + 0.3, x + 0.1)).sigmoid()  # below, on the right
+    bright = (1 - (1 - light) * (x ** 2 + y ** 2) / 2) * (1 - shadow * shade)  # light: at corners
+    scene = bright * (paper + (ink - paper) * pen) * torch.tensor([1, 0.97, 0.9])[:, None, None]
+    scene += 0.01 * torch.randn(scene.shape, generator=generator(0))
+    picture, exif = TF.to_pil_image(scene.clamp(0, 1)), Image.Exif()
+    exif[0x0112] = orientation
+    picture = picture.rotate({1: 0, 6: 90, 8: -90}[orientation], expand=True)
+    picture.save(path, quality=50, exif=exif)
+    return pen
+
+
+def own(image, mask=None, c=1, side=28):
+    return restoration.own_picture(SimpleNamespace(data="digits", image=image, mask=mask), c, side)
+
+
+def in_the_form_of_mnist(pen, picture):
+    """By Pillow: the pen's longer side is 20 pixels of 28, its centre of mass in pixel 14."""
+    rows, columns = ((pen > 0.5).any(dim=d).nonzero()[:, 0] for d in (1, 0))
+    size = 1.4 * (1 + max(rows.max() - rows.min(), columns.max() - columns.min())).item()
+    y, x = (pen.sum(dim=d) @ (torch.arange(1.0 * pen.shape[1 - d]) + 0.5) / pen.sum()
+            for d in (1, 0))
+    top, left = (500 + at.item() - 14.5 / 28 * size for at in (y, x))
+    sheet = TF.to_pil_image(F.pad(picture, [500] * 4))  # Pillow does not cut beyond the rim
+    return TF.to_tensor(sheet.resize((28, 28), Image.Resampling.BOX,
+                                     (left, top, left + size, top + size)))[0]
+
+
+def a_photo_becomes_what_the_pen_drew(path, changes):
+    pen = photograph(path, **changes)
+    pen, ink = in_the_form_of_mnist(pen, pen), (own(path)[0][0, 0] + 1) / 2
+    assert torch.corrcoef(torch.stack([ink.flatten(), pen.flatten()]))[0, 1] > 0.95
+    far = F.max_pool2d(pen[None], 5, 1, 2)[0] < 0.05  # more than two pixels from the pen
+    assert ink[far].mean() < 0.001
+
+
+@pytest.mark.parametrize("changes", PHOTOS.values(), ids=PHOTOS)
+def test_a_photo_becomes_what_the_pen_drew(tmp_path, changes):
+    a_photo_becomes_what_the_pen_drew(tmp_path / "a.jpg", changes)
+
+
+def test_one_grey_for_all_paper_is_rejected(tmp_path, monkeypatch):
+    """Without the closing: the paper has the grey of its lightest pixel everywhere."""
+    monkeypatch.setattr(F, "max_pool2d", lambda x, *size: x.amax().expand_as(x))
+    with pytest.raises((AssertionError, ValueError)):
+        a_photo_becomes_what_the_pen_drew(tmp_path / "a.jpg", PHOTOS["shadow"])
+
+
+def scribble(path, *box):
+    """A mask in which this box is hidden."""
+    mask = Image.new("L", (640, 480))
+    mask.paste(255, box)
+    mask.save(path)
+    return path
+
+
+def test_a_mask_lies_on_the_upright_photo_and_moves_with_it(tmp_path):
+    """It hides no ink, so the digit keeps its place."""
+    mask = scribble(tmp_path / "m.png", 265, 200, 300, 270)
+    for orientation in (1, 6, 8):
+        pen = photograph(tmp_path / "a.jpg", orientation=orientation)
+        hidden = own(tmp_path / "a.jpg", mask)[1][0, 0] == 0
+        share = in_the_form_of_mnist(pen, TF.to_tensor(Image.open(mask))[0])
+        near = F.max_pool2d(share[None], 3, 1, 1)[0]
+        assert (share > 0.25).any() and hidden[share > 0.25].all() and not hidden[near == 0].any()
+
+
+@pytest.mark.parametrize("c, side", [(1, 28), (3, 32)])
+def test_nothing_under_the_mask_matters(tmp_path, c, side):
+    """A blot, larger than the digit and hidden; nor does black leak into the pixels beside it."""
+    blot = (90, 10, 190, 110)
+    photograph(tmp_path / "a.png")
+    picture = Image.open(tmp_path / "a.png")
+    picture.paste("black", blot)
+    picture.save(tmp_path / "b.png")
+    mask = scribble(tmp_path / "m.png", *blot)
+    (x, seen), (y, _) = (own(tmp_path / name, mask, c, side) for name in ("a.png", "b.png"))
+    all_of_x, all_of_y = (own(tmp_path / name, None, c, side)[0] for name in ("a.png", "b.png"))
+    assert torch.equal(x, y) and not torch.allclose(all_of_x, all_of_y, atol=0.5)
+    assert_close(x, torch.where(seen == 1, all_of_x, -1.0), rtol=0, atol=0.05)
+    if c == 3:  # the middle square begins at column 80; 15 of its pixels are one of G's
+        hidden = torch.cartesian_prod(torch.arange(8), torch.arange(8))  # 10/15 to 110/15
+        assert torch.equal((seen[0, 0] == 0).nonzero(), hidden)
+
+
+@pytest.mark.parametrize("at, words", [((320, 30), "border"), ((9999, 240), "no digit")])
+def test_a_photo_without_a_whole_digit_is_refused(tmp_path, at, words):
+    photograph(tmp_path / "a.jpg", at=at)
+    with pytest.raises(ValueError, match=f"a.jpg.*{words}|{words}.*a.jpg"):
+        own(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("more", [dict(), dict(paper=0.15, ink=0.85, light=0.5)])
+def test_ruled_lines_and_specks_are_no_ink(tmp_path, more):
+    pen = photograph(tmp_path / "a.png", **more)
+    clean = own(tmp_path / "a.png")[0]
+    picture = TF.to_tensor(Image.open(tmp_path / "a.png"))
+    paper, ink = more.get("paper", 0.85), more.get("ink", 0.15)
+    picture[:, 20::40] += 0.15 * (ink - paper)  # ruled: a seventh of the pen
+    picture[:, 40:52, 60:72] = picture[:, 400:412, 560:572] = ink  # specks
+    TF.to_pil_image(picture.clamp(0, 1)).save(tmp_path / "b.png")
+    assert pen.sum() > 100 and (own(tmp_path / "b.png")[0] - clean).abs().mean() < 0.01
+
+
+def test_an_inverted_mask_is_blamed(tmp_path):
+    """It hides all but the damage: the line names the mask, not the photo."""
+    photograph(tmp_path / "a.jpg")
+    for box, whole in (((20, 20, 90, 90), (0, 0, 640, 480)), ((300, 200, 340, 240), None)):
+        mask = Image.open(scribble(tmp_path / "m.png", *box))
+        Image.eval(mask, lambda value: 255 - value).save(tmp_path / "inverted.png")
+        with pytest.raises(ValueError, match="inverted.png hides .* inverted"):
+            own(tmp_path / "a.jpg", tmp_path / "inverted.png")
+
+
+@pytest.mark.parametrize("box, size", [((0, 0, 640, 480), (640, 480)), ((0, 0, 1, 1), (480, 640)),
+                                       ((700, 0, 800, 9), (640, 480))],
+                         ids=["all hidden", "another size", "nothing hidden"])
+def test_a_mask_that_cannot_be_meant_is_refused(tmp_path, box, size):
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    mask.save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="m.png is .* 640x480"):
+        restoration.read_mask(tmp_path / "m.png", 480, 640)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300)])
+def test_own_png_shows_the_frame_of_every_photo_whole(tmp_path, size):
+    """A grey frame, one pixel wide: on a portrait photo, too, none of its sides is cut off."""
+    Image.new("RGB", size, "white").save(tmp_path / "a.png")
+    pictures = {name: -torch.ones(1, 1, 28, 28) for name in ("damaged", "neighbours", "blind",
+                                                             "known mask")}
+    restoration.own_figure(SimpleNamespace(image=tmp_path / "a.png", mask="m.png", out=tmp_path),
+                           pictures)
+    first_panel = TF.to_tensor(Image.open(tmp_path / "own.png").convert("L"))[0, :, :286]
+    grey = (first_panel - 128 / 255).abs() < 0.01
+    (top, *_, bottom), (left, *_, right) = ((grey.sum(dim=d) > 150).nonzero()[:, 0].tolist()
+                                            for d in (1, 0))
+    height, width = bottom - top, right - left
+    assert height / width == pytest.approx(size[1] / size[0], rel=0.02)
+    assert grey[[top, bottom], left:right].all() and grey[top:bottom, [left, right]].all()

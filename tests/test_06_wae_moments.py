@@ -276,7 +276,7 @@ def test_like_pictures_are_the_nearest_of_the_others(n):
     pixels = torch.randint(256, (n, 1, 2, 2), generator=generator(n), dtype=torch.uint8)
     x = pixels / 127.5 - 1
     net = mock.Mock(encode=nn.Flatten(), decode=nn.Unflatten(1, (1, 2, 2)))
-    rows = wae.pictures(net, x, x.flatten(1), x, x)["between"].unflatten(0, (8, 9))
+    rows = wae.pictures(net, x, x.flatten(1), x, x)["interpolation"].unflatten(0, (8, 9))
     for i in range(4):
         one, others = pixels[i % n], torch.cat([pixels[:i % n], pixels[i % n + 1:500]])
         gaps = (others.float() - one.float()).flatten(1).norm(dim=1)

@@ -33,8 +33,7 @@ class Over(Exception):
 
 def two_steps(run, total, **parts):
     """In the place of Run.steps: no checkpoint; ends the run after the last of its trainings."""
-    run.total, run.kept, run.pictures, run.drawn = total, {}, 0, 0
-    run.show = lambda *args, **numbers: None
+    run.total, run.extra, run.drawn = total, {}, 0
     for run.step in (1, 2):
         yield run.step
     if run.name not in ("generator", "classifier") or run.args.script == "05_restoration":
@@ -51,9 +50,11 @@ def meta(monkeypatch):
     """Everything that reads a number, or cannot do without one, is replaced."""
     images = common.Images(torch.zeros(64, 1, 28, 28, dtype=torch.uint8, device="meta"),
                            torch.zeros(64, dtype=torch.long, device="meta"), "nothing")
-    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: images)
+    monkeypatch.setattr(common, "load_images", lambda args, device, train=True: (
+        setattr(args, "training_pictures", ""), images)[1])
     monkeypatch.setattr(common.Run, "steps", two_steps)
-    monkeypatch.setattr(common.Run, "due", lambda run, times: False)
+    monkeypatch.setattr(common.Run, "save", lambda run: None)
+    monkeypatch.setattr(common.Run, "every", lambda run, times: False)
     monkeypatch.setattr(common.Run, "at", lambda run, shares: False)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: 9)
@@ -63,7 +64,8 @@ def meta(monkeypatch):
     adam = torch.optim.Adam  # the fused one has no meta version
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, fused=False, **rest: adam(*args, **rest))
     gan = importlib.import_module("07_sn_wgan_gp")
-    monkeypatch.setattr(gan, "read", lambda net, x: (torch.zeros(64, 64), torch.ones(64, 10) / 10))
+    monkeypatch.setattr(gan, "features_and_probs", lambda net, x: (
+        torch.zeros(64, 64), torch.ones(64, 10) / 10))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(
         tensor.shape, dtype=tensor.dtype))
 

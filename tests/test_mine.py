@@ -28,10 +28,10 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):        # right, but for what it ha
     data = ((x - x_rec) ** 2).mean() / x_sigma2
     return data + kl, data, kl
 
-def negative_elbo(log_px_z, mu, logvar):             # right; its words of refusal are its own
+def negative_elbo(log_px_z, mu, logvar, kl_weight=1.0):  # right; its words of refusal are its own
     if log_px_z.ndim != 2 or log_px_z.shape[1:] != mu.shape[:1]:
         raise ValueError("sizes")
-    return kl_standard_normal(mu, logvar) - log_px_z.mean(0)
+    return kl_weight * kl_standard_normal(mu, logvar) - log_px_z.mean(0)
 
 def log_bernoulli(x, logits):                        # breaks
     return x.no_such_method(logits)
@@ -70,7 +70,7 @@ def test_right_functions_hold_and_wrong_ones_fail_each_in_its_lines(beside):
     assert status == 1
     for line in ("kl_standard_normal (chapter 01)", "wgan_g (chapter 02)", "wgan_g (chapter 07)"):
         assert re.search(rf"^{re.escape(line)}: all \d propert\w+ hold", said, re.MULTILINE)
-    assert "\nnegative_elbo (chapter 01): all 2 properties hold\n" in said
+    assert "\nnegative_elbo (chapter 01): all 3 properties hold\n" in said
     assert "\nreparameterise (chapter 01), formula: 1 of 2 fail\n" \
         "  samples have the mean and the variance asked for, for seed=0: their variance" in said
     assert "\nvae_loss (chapter 01), formula: all 2 hold\n" in said

@@ -17,6 +17,18 @@ import torch
 from hypothesis import given, strategies as st
 
 ROOT = Path(__file__).parent.parent
+PASTED = [
+    ("01", "train(run, args, 'vae', None, images)"),
+    ("03", "train(run, args, Mixture('ring', ring(), 0.02, 8, None, 3.0), 2, 0.5)"),
+    ("03", "train(run, args, images, 1, 0.0)"),
+    *(("02", f"train(run, args, METHODS['{name}'], images, 10)")
+      for name in ("minimax", "acgan", "infogan", "mode-seeking", "began", "wgan-gp")),
+    *((number, "train_generator(run, args, generator(8, 1, 28), discriminator(1, 28), images)")
+      for number in ("04", "05")),
+    ("04", "train_encoder(run, args, generator(8, 1, 28), encoder(8, 1, 28), images)"),
+    ("06", "train(run, args, 'moments', images, images.x)"),
+    ("07", "train(run, args, MODELS['wgan-gp'], 2, images, None)"),
+    ("07", "train(run, args, MODELS['sn'], 1, images, None)")]
 SCRIPTS = sorted(path.name for path in ROOT.glob("0[1-8]_*.py"))
 
 
@@ -42,7 +54,8 @@ def test_quick_run(script, beside):
     written = re.findall(r"^wrote (.+)$", run.stdout, re.MULTILINE)
     assert written and all((folder / path).stat().st_size > 0 for path in written)
     assert not any(Path(path).is_absolute() for path in written)
-    assert script[:2] == "08" or re.search("^(drawn digits|ring)(:|  )", run.stdout, re.MULTILINE)
+    heads = re.search("^(synthetic digits|ring)(:|  )", run.stdout, re.MULTILINE)
+    assert script[:2] == "08" or heads
     out, = (folder / "out" / script[:-3]).iterdir()
     assert out.name == "quick" and not list(out.glob("*.tmp"))
     assert script[:2] == "08" or (out / "log.csv").read_text(encoding="utf-8").count("\n") > 1
@@ -59,8 +72,9 @@ def test_help_shows_the_chapter_and_every_flag_is_used(script, capsys, monkeypat
     assert stop.value.code == 0 and "Idea" in shown and "default: [" not in shown
     assert max(map(len, shown.splitlines())) <= 80
     for flag in re.findall(r"^  (?:-\w, )?--([a-z-]+)", shown, re.MULTILINE):
-        assert flag == "help" or f"args.{flag.replace('-', '_')}" in source(script) \
-            + source("common.py"), f"--{flag} is not used"
+        name, text = flag.replace("-", "_"), source(script) + source("common.py")
+        used = f"args.{name}" in text or f'(args, "{name}"' in text
+        assert flag == "help" or used, f"--{flag} is not used"
 
 
 def globals_of(code):
@@ -95,6 +109,41 @@ def test_every_network_is_built_without_common(script, build):
     names = {"__name__": "pasted"}
     exec(compile(pasted, script, "exec"), names)
     assert "common" not in names and eval(build, names)
+
+
+class StubRun:
+    """What a reader writes in the place of common.Run: three steps, and a loader of noise."""
+    device, name = "cpu", "vae"
+    extra, rows, done, numbers = {}, [], {}, {}
+
+    def steps(self, total, **state):
+        return range(1, 4)
+
+    def batches(self, images, size):
+        while True:
+            yield 2 * torch.rand(size, *images.x.shape[1:]) - 1, torch.arange(size) % 10
+
+    def every(self, times):
+        return False
+
+    at = every
+
+    def log(self, **numbers):
+        self.numbers = numbers
+
+
+@pytest.mark.parametrize("script, call", PASTED)
+def test_idea_model_and_train_can_be_pasted(script, call):
+    """They train without common.py, with a run of ten lines."""
+    name = next(name for name in SCRIPTS if name.startswith(script))
+    pasted = source(name).partition("# --- measure")[0].replace("\nimport common\n", "\n")
+    images = type("Images", (), {"x": torch.zeros(9, 1, 28, 28), "y": torch.arange(9)})
+    args = chapter(script).parse_args(["--steps", "3", "--batch", "8", "--z-dim", "8"])
+    args.n_samples, args.nets = 40, "dense"
+    names = {"__name__": "pasted", "run": StubRun(), "args": args, "images": images}
+    exec(compile(pasted, name, "exec"), names)
+    eval(call, names)
+    assert "common" not in names and names["run"].numbers
 
 
 @given(st.integers(8, 300))
@@ -148,7 +197,7 @@ def test_a_generator_makes_light_and_dark_pixels(number, make):
     """With a ReLU before the tanh no pixel would be darker than grey."""
     torch.manual_seed(0)
     G = make(chapter(number))
-    assert 0.2 < (G(torch.randn(16, 8)) < 0).float().mean() < 0.8
+    assert 0.1 < (G(torch.randn(16, 8)) < 0).float().mean() < 0.9
 
 
 @pytest.mark.parametrize("number, scores", [
