@@ -59,7 +59,7 @@ def kl_standard_normal(mu, logvar):
 
     mu, logvar = log σ²: [B, d]. >= 0, and 0 only if mu = 0 and σ = 1.
     """
-    return 0.5 * (logvar.exp() + mu ** 2 - 1 - logvar).sum(dim=-1)
+    return 0.5 * (torch.expm1(logvar) - logvar + mu ** 2).sum(dim=-1)  # expm1: exact near 0
 
 
 def negative_elbo(log_px_z, mu, logvar, kl_weight=1.0):
@@ -69,9 +69,9 @@ def negative_elbo(log_px_z, mu, logvar, kl_weight=1.0):
     E_q is the mean over the k samples; the KL has its closed form. On average over z this is an
     upper bound on -log p(x), and equal to it where q(z|x) = p(z|x). More samples make it less
     noisy, not tighter. kl_weight multiplies the KL: 0 leaves the reconstruction alone. Raises
-    ValueError if log_px_z is not [k, B] with the B of mu.
+    ValueError if log_px_z is not [k, B] with k of 1 or more and the B of mu.
     """
-    if log_px_z.ndim != 2 or log_px_z.shape[1:] != mu.shape[:1]:
+    if log_px_z.ndim != 2 or not len(log_px_z) or log_px_z.shape[1:] != mu.shape[:1]:
         raise ValueError(f"log_px_z must be [k, B] for mu [B, d], not {tuple(log_px_z.shape)} for "
                          f"{tuple(mu.shape)}")
     return kl_weight * kl_standard_normal(mu, logvar) - log_px_z.mean(dim=0)
@@ -85,11 +85,11 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
     Because the data term is a mean over pixels where the ELBO has a sum, x_sigma2 stands for pixels
     of variance s² = x_sigma2 d_x (for MNIST 0.001 means 0.784): -ELBO = loss / 2 + d_x / 2
     log(2 π s²), in nats. Raises ValueError if x_sigma2 is not above 0, if x and x_rec differ in
-    shape, or if the batch is empty.
+    shape, if mu has another B, or if the batch is empty.
     """
-    if not x_sigma2 > 0 or x.shape != x_rec.shape or len(x) == 0:
-        raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes equal, with B of 1 "
-                         f"or more: {tuple(x.shape)}, {tuple(x_rec.shape)}")
+    if not x_sigma2 > 0 or x.shape != x_rec.shape or not 0 < len(x) == len(mu):
+        raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes must fit: "
+                         f"{tuple(x.shape)}, {tuple(x_rec.shape)}, {tuple(mu.shape)}")
     data_term = ((x - x_rec) ** 2).mean() / x_sigma2
     kl_term = 2 * kl_standard_normal(mu, logvar).mean()
     return data_term + kl_term, data_term, kl_term
@@ -100,10 +100,13 @@ def log_bernoulli(x, logits):
 
     In nats. x: pixels [..., C, H, W], 0 or 1; logits: broadcastable with x. Returns [...], the
     other dimensions after broadcasting. For grey x the result is not a log-probability: only 0 and
-    1 are values of a Bernoulli variable.
+    1 are values of a Bernoulli variable. Raises ValueError for fewer dimensions, or x outside of
+    [0, 1].
     """
-    # log σ(a) = a - softplus(a) and log(1 - σ(a)) = -softplus(a)
-    return (x * logits - F.softplus(logits)).sum(dim=(-3, -2, -1))
+    if x.ndim < 3 or x.min() < 0 or x.max() > 1:
+        raise ValueError(f"x must be [..., C, H, W] in [0, 1], not {tuple(x.shape)} in "
+                         f"[{x.min():g}, {x.max():g}]")
+    return (x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits)).sum(dim=(-3, -2, -1))
 
 
 def log_gaussian(x, mean, variance):
@@ -124,11 +127,15 @@ def iwae_bound(log_px_z, z, mu, logvar):
     [B, d]. The mean of p(x|z) p(z) / q(z|x) over q is p(x), so by Jensen's inequality the mean of
     the log is a lower bound on log p(x); for k = 1 it is the ELBO. It never falls with k and tends
     to log p(x). Where q(z|x) = p(z|x), the bound is log p(x) for every z and k. Raises ValueError
-    if log_px_z is not [k, B], or z is not [k, B, d] with the same k and B.
+    if log_px_z is not [k, B], if z is not [k, B, d] with the same k and B, and if σ is so small
+    that rounding z moves the bound by about 0.1 nats or more (use float64 then).
     """
     if log_px_z.ndim != 2 or z.shape != (*log_px_z.shape, mu.shape[-1]):
         raise ValueError("log_px_z must be [k, B] for z [k, B, d], not "
                          f"{tuple(log_px_z.shape)} for {tuple(z.shape)}")
+    rounding = torch.finfo(z.dtype).eps * (mu.abs() / torch.exp(logvar / 2)).sum(dim=-1)
+    if (rounding > 0.1).any():
+        raise ValueError(f"σ is too small beside mu for {z.dtype}: logvar {logvar.min():g}")
     log_pz = -0.5 * (z ** 2).sum(dim=-1)  # here and in log_q without -d/2 log 2π, which cancels
     log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)
     return torch.logsumexp(log_px_z + log_pz - log_q, dim=0) - math.log(len(z))
@@ -233,13 +240,15 @@ def measure(net, variance, x01, x, k):
     numbers = {"nll": [], "-elbo": [], "kl": [], "mse": []}
     chunk = max(1, 1000 // k)  # so that about 1,000 pictures are decoded at once
     for x01_part, x_part in zip(x01.split(chunk), x.split(chunk)):
-        mu, logvar = net.encode(x_part)
-        z = reparameterise(mu, logvar, torch.randn(k, *mu.shape, device=x.device))
-        log_px_z = log_likelihood(x_part, net.decode(z), variance)
+        mu, logvar = (part.cpu().double() for part in net.encode(x_part))  # iwae_bound needs it
+        z = reparameterise(mu, logvar, torch.randn(k, *mu.shape).double())
+        logits, means = (net.decode(code.float().to(x.device)).cpu() for code in (z, mu))
+        log_px_z = log_likelihood(x_part.cpu(), logits, variance)
         numbers["nll"].append(-iwae_bound(log_px_z, z, mu, logvar))
         numbers["-elbo"].append(negative_elbo(log_px_z, mu, logvar))
         numbers["kl"].append(kl_standard_normal(mu, logvar))
-        numbers["mse"].append(((net.decode(mu).sigmoid() - x01_part) ** 2).flatten(1).mean(dim=1))
+        squares = (means.sigmoid() - x01_part.cpu()) ** 2
+        numbers["mse"].append(squares.flatten(1).mean(dim=1))
     return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()}
 
 
@@ -303,7 +312,7 @@ def figures(args, images, run):
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("model")
-    g.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
+    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
                    help=f"{', '.join(MODELS)}: the VAE; Gaussian pixels with 0.1, 1 and 10 times "
                    "--x-sigma2; the same without the KL term")
     g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
@@ -323,7 +332,7 @@ def parse_args(argv=None):
                    "bound on test pictures: the more, the tighter")
     p.set_defaults(n_samples=N_SAMPLES, n_test=N_TEST)
     args = common.parse(p, argv, quick=dict(data="digits", steps=32, n_samples=1000, n_test=20))
-    args.models = list(dict.fromkeys(args.models))
+    args.models = list(dict.fromkeys(args.models or MODELS))
     return args
 
 

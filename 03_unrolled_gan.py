@@ -409,7 +409,8 @@ def main(argv=None):
     run = common.Run(args)
     if args.data in SETTINGS:
         centres, std = (ring(), 0.02) if args.data == "ring" else (grid(), 0.05)
-        data = Mixture(args.data, centres.to(run.device), std, args.batch // common.WORLD,
+        name = args.data + " (quick run)" * args.quick
+        data = Mixture(name, centres.to(run.device), std, args.batch // common.WORLD,
                        gaussian_mixture(centres, std, 1000), 1.5 * centres.abs().max().item())
     else:
         data = common.load_images(args, run.device)

@@ -21,6 +21,7 @@ Run      python 05_restoration.py
 import math
 from functools import partial
 from itertools import pairwise
+from os.path import expanduser
 
 import torch
 from torch import nn
@@ -415,10 +416,10 @@ def parse_args(argv=None):
     g.add_argument("--z-dim", type=whole, default=128, help="dimensions of z")
     g.add_argument("--steps", type=whole, default=2000, help="steps of G and D")
     g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")
-    g.add_argument("--generator", type=common.path, help="a generator.pt of 04 or 05 to use")
+    g.add_argument("--generator", type=expanduser, help="a generator.pt of 04 or 05 to use")
     g = p.add_argument_group("restoration")
-    g.add_argument("--mask", type=common.path, help="picture: its white pixels are hidden")
-    g.add_argument("--image", type=common.path, help="restore this photo, blind without --mask")
+    g.add_argument("--mask", type=expanduser, help="picture: its white pixels are hidden")
+    g.add_argument("--image", type=expanduser, help="restore this photo, blind without --mask")
     g.add_argument("--starts", type=whole, default=1, help="z = 0, then random z")
     g.add_argument("--restore-steps", type=whole, default=100, help="for each start")
     g.add_argument("--restore-lr", type=above_0, default=0.2, help="learning rate of z, falls to 0")

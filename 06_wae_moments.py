@@ -309,7 +309,7 @@ def plot_cdf(ax, z):
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("model and training")
-    g.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
+    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
                    help=f"{', '.join(MODELS)}: the penalty on the codes")
     g.add_argument("--z-dim", type=common.number(int, 2), default=8, help="dimensions of z")
     g.add_argument("--steps", type=common.number(int, 1), default=1600, help="of each model")
@@ -318,7 +318,7 @@ def parse_args(argv=None):
                    help="Adam's learning rate, which falls to 0")
     p.set_defaults(n_samples=N_SAMPLES, n_codes=N_CODES)
     args = common.parse(p, argv, quick=dict(data="digits", steps=10, n_samples=1000, n_codes=500))
-    args.models = list(dict.fromkeys(args.models))
+    args.models = list(dict.fromkeys(args.models or MODELS))
     return args
 
 

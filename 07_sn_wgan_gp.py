@@ -561,10 +561,10 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     positive, count = common.number(float, above=0), common.number(int, 1)
     g = p.add_argument_group("models and training")
-    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS),
-                   default=[name for name in MODELS if name != "wgan-sn"])
-    g.add_argument("--n-critic", nargs="+", type=count, default=[1], metavar="N",
-                   help="steps of D to one of G, for each of these every model is trained")
+    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
+                   help=f"{', '.join(MODELS)}; if not given: all but wgan-sn")
+    g.add_argument("--n-critic", nargs="+", type=count, metavar="N", help="steps of D to one of G; "
+                   "for each of these every model is trained; if not given: 1")
     g.add_argument("--z-dim", type=count, default=64, help="length of z")
     g.add_argument("--steps", type=count, default=2200, help="of G, and (--n-critic 1) of D")
     g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")
@@ -577,6 +577,8 @@ def parse_args(argv=None):
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=1000)
     args = common.parse(p, argv, quick=dict(data="digits", steps=6, classifier_steps=20,
                                             n_samples=1000, n_score=200))
+    args.models = args.models or [name for name in MODELS if name != "wgan-sn"]
+    args.n_critic = args.n_critic or [1]
     if args.clip and "wgan" not in args.models:
         common.fail("--clip is for wgan alone: add it to --models")
     return args

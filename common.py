@@ -1,12 +1,14 @@
 """What the chapters share: flags, runs, data, plots, files. No equation of a model lives here.
 
-A chapter can be understood without this file. Importing it changes nothing.
-Pictures are uint8 [N, C, H, W] (0 to 255) in memory, and float32 in [-1, 1] in a batch.
+Importing it changes nothing. Pictures are uint8 [N, C, H, W] (0 to 255) in memory, and float32 in
+[-1, 1] in a batch.
 """
 
 import argparse
 import contextlib
 import csv
+import difflib
+import errno
 import io
 import math
 import os
@@ -49,10 +51,20 @@ def fail(message, status=2):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         hidden = action.default is None or action.default is False  # tells a reader nothing
         return action.help if hidden else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag gives one line, with what may have been meant."""
+
+    def error(self, message):
+        known = [str(text) for action in self._actions
+                 for text in [*action.option_strings, *(action.choices or [])]]
+        word = re.search(r"(?:invalid choice: '|arguments: )([^ ']*)", message + " ")
+        meant = difflib.get_close_matches(word[1], known, 1) if word else []
+        meant = "".join(f"did you mean {text}? " for text in meant)
+        fail(f"{message} ({meant}see python {self.prog} --help)")
 
 
 def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
@@ -68,22 +80,19 @@ def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
     return parse  # argparse says: invalid whole number from 1 value: '0'
 
 
-def path(text):
-    """An argparse type: a path, in which ~ is the home folder."""
-    return Path(text).expanduser()
-
-
 def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10, digits "
            "(synthetic), or a folder of pictures; if not given: mnist, or digits without it"):
     """A parser with the flags that all chapters share; trains: with those for data, devices and
     --resume. `doc` becomes the head of --help."""
-    with contextlib.suppress(AttributeError):  # no terminal, or one of a notebook
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed by >&-
+    sys.excepthook = lambda kind, e, trace: os._exit(141) if getattr(e, "errno", 0) in (
+        errno.EPIPE, errno.EIO) else sys.__excepthook__(kind, e, trace)  # | head: no reader is left
+    with contextlib.suppress(AttributeError):  # in a notebook
         sys.stdout.reconfigure(errors="replace")  # it may lack θ
     rcdefaults()  # figures are the same whatever style the reader's matplotlibrc asks for
-    script = Path(file).resolve().stem
-    p = argparse.ArgumentParser(f"{script}.py", description=doc, formatter_class=HelpFormatter,
-                                allow_abbrev=False)  # or 01's --k 5 would mean --k-test 5
-    p.error = lambda message: fail(f"{message} (see python {p.prog} --help)")  # one line
+    script, path = Path(file).resolve().stem, lambda text: Path(text).expanduser()
+    p = Parser(f"{script}.py", description=doc, formatter_class=HelpFormatter,
+               allow_abbrev=False)  # or 01's --k 5 would mean --k-test 5
     g = p.add_argument_group("shared flags")
     if trains:
         g.add_argument("--data", default=data, metavar="NAME", help=data_help)
@@ -110,8 +119,6 @@ def parse(p, argv, quick):
         p.set_defaults(**quick)
         args = p.parse_args(argv)
         args.out /= "quick"
-        if quick and RANK == 0:
-            print(f"a quick run only tests the code, in {args.out}: its pictures are grey")
     return args
 
 
@@ -179,7 +186,8 @@ class Run:
         """1, 2, ..., total, or what is left of them after --resume. state: by name, what a step
         changes and has a state_dict(): networks, optimisers, schedules."""
         self.total, self.step, self.drawn, self.extra, self.state = total, 0, 0, {}, state
-        share(state, self.args.seed)
+        if WORLD > 1:
+            share(state, self.args.seed)
         if self.saved and self.saved["name"] not in self.done:
             self.restore(self.saved)
         self.show = progress(self.name, total, self.step)
@@ -193,8 +201,7 @@ class Run:
         self.training = False
 
     def save(self):
-        """Writes log.csv and checkpoint.pt: all that --resume needs. Never with weights or losses
-        that are not finite."""
+        """Writes log.csv and checkpoint.pt, unless losses or weights are not finite."""
         self.read()
         for name, part in self.state.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all()
@@ -215,16 +222,12 @@ class Run:
         if saved["name"] != self.name:
             fail(f"{self.checkpoint} is in the middle of {saved['name']}: name this one first")
         self.step, self.extra, self.drawn = (saved[key] for key in ("step", "extra", "drawn"))
-        try:
-            for name, part in self.state.items():
-                part.load_state_dict(saved["state"][name])
-        except (KeyError, ValueError, RuntimeError):
-            fail(f"{self.checkpoint} is of other networks than the script has: use another --out")
+        for name, part in self.state.items():
+            part.load_state_dict(saved["state"][name])
         cpu, gpu = saved["random"][RANK]
         torch.set_rng_state(cpu)
         if gpu is not None:
             torch.get_device_module().set_rng_state(gpu)
-        self.saved = None
 
     def batches(self, images, size):
         """Endless shuffled batches (x, y) of `size` pictures: x float [size, C, H, W] in [-1, 1],
@@ -307,8 +310,6 @@ WORLD, RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else
 
 def share(state, seed):
     """Gives all processes the networks of the first, and from then on the mean of all gradients."""
-    if WORLD == 1:
-        return
     for net in state.values():
         if isinstance(net, nn.Module):
             for tensor in net.state_dict().values():
@@ -343,7 +344,8 @@ def load_images(args, device, train=True):
     part = "training" if train else "test"
     setattr(args, f"{part}_pictures", f"{len(x)} with checksum {checksum:08x}")
     print(f"data {images.name}: {len(x):,} {part} pictures, {'x'.join(map(str, x.shape[1:]))}")
-    return Images(x.to(device), None if y is None else y.to(device), images.name)
+    return Images(x.to(device), None if y is None else y.to(device),
+                  images.name + " (quick run)" * args.quick)
 
 
 def load_torchvision(args, train):
@@ -375,7 +377,7 @@ def load_folder(args, train):
     these are the labels, in the order of their names. Pictures are decoded once and saved in
     args.out. Hidden files, and those that a run wrote, are not read.
     """
-    folder, part = path(args.data), "training" if train else "test"
+    folder, part = Path(args.data).expanduser(), "training" if train else "test"
     if not folder.is_dir():
         fail(f"--data {folder} is neither a known data set (see --help) nor a folder")
     places = {file: file.relative_to(folder).parts for file in sorted(folder.rglob("*"))

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torch.testing import assert_close
 
-from strategies import about, normal, rejected, seeds
+from strategies import about, generator, normal, rejected, seeds
 
 vae = importlib.import_module("01_vae")
 EPS = torch.finfo(torch.float64).eps
@@ -286,3 +286,49 @@ def test_encoding_twice_differs_and_decoding_twice_does_not(c, side):
     assert logits.shape == (2, 4, c, side, side) and torch.equal(logits, net.decode(z))
     # float32 sums in another order
     assert_close(logits[1], net.decode(z[1]), rtol=1e-4, atol=1e-5)
+
+
+# --- small numbers, wrong input ----------------------------------------------------------------
+
+@about("kl_standard_normal", edge=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(st.floats(-1e-3, 1e-3))
+def test_a_kl_is_never_below_0(dtype, logvar):
+    """exp(a) - 1 - a is about a² / 2, which exp(a) - 1 loses in rounding."""
+    mu, logvar = torch.zeros(1, 3, dtype=dtype), torch.full((1, 3), logvar, dtype=dtype)
+    assert vae.kl_standard_normal(mu, logvar).item() >= 0
+
+
+@about("iwae_bound", edge=True)
+@pytest.mark.parametrize("logvar, fits", [(-10.0, True), (-28.0, False), (-40.0, False)])
+def test_the_bound_is_right_or_refused_in_float32(logvar, fits):
+    """z = mu + σ u loses u where σ is below the spacing of floats near mu; float64 does not."""
+    mu, logvar = torch.ones(1, 200), torch.full((1, 200), logvar)
+    u, log_px = torch.randn(3, 1, 200, generator=generator(0)), torch.zeros(3, 1)
+    exact = vae.iwae_bound(log_px.double(), vae.reparameterise(
+        mu.double(), logvar.double(), u.double()), mu.double(), logvar.double())
+    z = vae.reparameterise(mu, logvar, u)
+    if fits:
+        assert_close(vae.iwae_bound(log_px, z, mu, logvar).double(), exact, rtol=0, atol=0.1)
+    else:
+        with pytest.raises(ValueError, match="too small"):
+            vae.iwae_bound(log_px, z, mu, logvar)
+
+
+@about("log_bernoulli", edge=True)
+@pytest.mark.parametrize("logit, expected", [(15.0, -3.059e-7), (40.0, -4.248e-18)])
+def test_a_confident_bernoulli_keeps_its_last_digits(logit, expected):
+    """log σ(a) = -log(1 + exp(-a)), about -exp(-a)."""
+    found = vae.log_bernoulli(torch.ones(1, 1, 1), torch.full((1, 1, 1), logit)).item()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@about("log_bernoulli", "vae_loss", "negative_elbo", edge=True)
+@pytest.mark.parametrize("call", [
+    lambda: vae.log_bernoulli(torch.zeros(5, 784), torch.zeros(2, 5, 784)),   # flat pictures
+    lambda: vae.log_bernoulli(-torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)),
+    lambda: vae.vae_loss(torch.zeros(4, 9), torch.zeros(4, 9), *torch.zeros(2, 3, 5), 1.0),
+    lambda: vae.negative_elbo(torch.zeros(0, 4), *torch.zeros(2, 4, 5))])
+def test_input_that_does_not_fit_is_refused(call):
+    with pytest.raises(ValueError):
+        call()

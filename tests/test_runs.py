@@ -314,7 +314,7 @@ def test_the_readme_shows_what_03_prints_and_the_same_numbers_twice(tmp_path, ca
     shown = re.split(r"The chapter\s+ends with", readme)[1].split("\n\n")[1].split("\n")
     unrolled.main(["--steps", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()[-4:]
-    table = readme.partition("<b>03: the unrolled GAN</b>")[2]
+    table = readme.partition("### 03: the unrolled GAN")[2]
     assert printed[0].split() == shown[0].split()
     for line, own in zip(shown[1:], printed[1:], strict=True):
         name, (modes, good, kl) = line.strip().split("  ")[0], line.split()[-3:]
