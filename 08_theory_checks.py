@@ -5,14 +5,12 @@ Paper    The claims are statements and questions of four coursework reports, and
 Idea     a theme is a generator: its docstring gives the reasons, and each row
          states a claim beside the computation that decides it  -> holds()
          a wrong claim gets a counterexample                    -> refuted()
-         Functions to paste stand above the themes that use them.
 See      a table for each topic: claim, what the claim says, what was measured,
          verdict. 85 claims: 60 hold, 25 are refuted. Exit status 1 if the
-         evidence for a verdict fails for one of 5 seeds. Eight figures in
-         out/08_theory_checks, among them receptive fields and games of GANs.
+         evidence for a verdict fails for one of 5 seeds. Four figures:
+         receptive_field, transposed_coverage, fingerprints, bilinear.
 Read     "One report states" or "asks": a report does. The verdict is ours.
-         x [B, d]: x has the shape (B, d). σ(a): the sigmoid. nats: natural
-         logs. .to(x): with x's dtype.
+         x [B, d]: x has the shape (B, d). σ: the sigmoid. nats: natural logs.
 Differs  No data and nothing from other chapters; float64 or float32 on the CPU.
 Try      Take "+ lam * w2" out of mlp_grads. Which of the claims mlp-grads and
          mlp-backprop loses its evidence? Predict it, then run both (--only).
@@ -21,12 +19,12 @@ Run      python 08_theory_checks.py
 """
 
 import ast
-import contextlib
 import difflib
 import functools
 import inspect
 import itertools
 import math
+import sys
 import textwrap
 from collections import namedtuple
 
@@ -37,25 +35,22 @@ from torch.nn import functional as F
 
 import common
 
-SEEDS = 5              # a verdict counts only if the evidence confirms it for all of them
-ROUNDING = 1e-10       # float64 has 16 digits; what is exact on paper agrees to at least 10
-WIDTHS = 20, 24, 41, 9  # of the columns of a table; with 2 spaces between them 100
+SEEDS = 5         # a verdict counts only if the evidence confirms it for all of them
+ROUNDING = 1e-10  # float64 has 16 digits; what is exact on paper agrees to at least 10
 
 
 # --- the idea ----------------------------------------------------------------------------------
 
 # A row is a claim with its result: the claim says `claimed`, the computation gave `measured`;
-# evidence: True if that confirms the verdict. holds(name, statement, claimed, measured, evidence)
-# makes the row of a claim that is right, refuted() that of a wrong one, with a counterexample.
+# evidence: True if that confirms the verdict.
 Row = namedtuple("Row", "verdict name statement claimed measured evidence")
 holds, refuted = functools.partial(Row, "holds"), functools.partial(Row, "refuted")
-
 # what is known of a claim before it is checked; theme: the generator that yields its row
 Claim = namedtuple("Claim", "topic theme verdict statement")
 
 TOPICS = {}   # the introduction of each topic; a theme belongs to the last one above it
 CLAIMS = {}   # by name, in the order of this file
-FIGURES = {}  # by file name: what plotted() needs
+FIGURES = {}  # by file name: a function that makes the figure
 
 
 def theme(check):
@@ -80,9 +75,8 @@ def exactly(expected, measured):
 
 
 def agree(expected, measured, unit="", tolerance=ROUNDING, note="", and_also=True):
-    """The claim is that two numbers agree: to `tolerance` times max(1, |expected|).
-    note: shown beside what was measured. and_also: a second condition, which must be true as well.
-    """
+    """The claim is that two numbers agree, to `tolerance` times max(1, |expected|).
+    note: shown beside what was measured. and_also: a second condition that must be true."""
     close = abs(measured - expected) <= tolerance * max(1, abs(expected))
     text = f"{measured:.6g} {unit}".strip() + f" ({note})" * bool(note)
     return f"{expected:.6g} {unit}".strip(), text, close and bool(and_also)
@@ -92,7 +86,7 @@ def equal(*pairs, note="", and_also=True):
     """The claim is that tensors are equal, pair by pair: no entry differs by more than rounding."""
     differences = torch.stack([(a - b).abs().max().double() for a, b in pairs])
     worst = differences.max().item()  # torch's max, unlike Python's, never loses a nan
-    text = (f"difference {worst:.0e}" if worst else "difference 0") + f" ({note})" * bool(note)
+    text = f"difference {worst:.1g}" + f" ({note})" * bool(note)
     return "difference 0", text, worst <= ROUNDING and bool(and_also)
 
 
@@ -107,25 +101,21 @@ def gradient(f, *inputs):
     return grads[0] if len(grads) == 1 else grads
 
 
-def figure(name, title, panels=1, rows=1, width=4.5, height=3.8):
-    """Decorator of plot(panel, ...): name.png has `panels` of width x height inches in `rows`."""
+def figure(name, title, rows, columns, width=4.5, height=3.8):
+    """Decorator of plot(*axes): FIGURES[name]() makes the figure, panels of width x height inch."""
     def add(plot):
-        FIGURES[name] = plot, title, panels, rows, width, height
+        def make():
+            fig, axes = common.figure(rows, columns, width * columns, height * rows, title)
+            plot(*axes.flat)
+            for ax in axes.flat:
+                if ax.get_legend_handles_labels()[0]:  # below the panel, where it hides no data
+                    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
+            for _ in range(2):  # the layout needs the size of all texts; the second time it has it
+                fig.draw_without_rendering()
+            return fig
+        FIGURES[name] = make
         return plot
     return add
-
-
-def plotted(plot, title, panels, rows, width, height):
-    """The figure with its panels; the legend of each stands below it, where it hides no data."""
-    columns = panels // rows
-    fig, axes = common.figure(rows, columns, width * columns, height * rows, title)
-    plot(*axes.flat)
-    for ax in axes.flat:
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
-    for _ in range(2):  # the layout needs the size of all texts, and the second time it has it
-        fig.draw_without_rendering()
-    return fig
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -179,9 +169,8 @@ def receptive_fields():
     padding matters as well, but it moves the field and does not widen it. ResNet-50 has the stride
     of a stage in its first 3x3 (torchvision) or in the 1x1 before (He et al. 2016). "31/16": an
     output sees 31 pixels, one for every 16. YOLO (Redmon et al. 2016) predicts boxes and classes at
-    once, on S = 7 cells a side, B = 2 boxes, C = 20 classes. Faster R-CNN (Ren et al. 2015) has two
-    stages: a region proposal network (RPN) with k = 9 boxes says where to look, a second one what
-    is there."""
+    once, on S = 7 cells a side, B = 2 boxes, C = 20 classes. Faster R-CNN (Ren et al. 2015) first
+    asks a region proposal network (RPN) with k = 9 boxes where to look, then what is there."""
     right = 0
     for _ in range(20):  # random networks, padded by 0 to 3 pixels in each layer
         depth = torch.randint(1, 5, ()).item()
@@ -189,13 +178,10 @@ def receptive_fields():
         size, stride, padding = receptive_field(layers)
         j = math.ceil(padding / stride)  # the first output that looks at no padding
         first = j * stride - padding
-
-        def output(x):
-            for kernel, s, p, dilation in layers:
-                x = F.conv1d(x, torch.ones(1, 1, kernel).double(), None, s, p, dilation)
-            return x[0, 0, j]
-
-        seen = gradient(output, torch.ones(1, 1, 2 * (first + size)).double())[0, 0].nonzero()
+        x = y = torch.ones(1, 1, 2 * (first + size), requires_grad=True)
+        for kernel, s, p, dilation in layers:
+            y = F.conv1d(y, torch.ones(1, 1, kernel), None, s, p, dilation)
+        seen = torch.autograd.grad(y[0, 0, j], x)[0][0, 0].nonzero()
         right += (seen.min().item(), seen.max().item()) == (first, first + size - 1)
     yield holds("rf-recursion", "The receptive field is r_k = r_{k-1} + (g_k - 1) Π_{i<k} s_i, "
                 "g = dilation (kernel - 1) + 1.", *agree(20, right, "of 20 networks"))
@@ -219,14 +205,14 @@ def receptive_fields():
                     [16, 7], [receptive_field(VGG_16[:-1])[1], 448 / receptive_field(yolo)[1]]))
 
 
-@figure("receptive_field", "Receptive field: what four layers see, and what it costs", panels=2)
-def draw_receptive_field(sizes, strides):
+@figure("receptive_field", "Receptive field: what four layers see, and what it costs", 1, 2)
+def draw_receptive_field(*panels):
     for name, net in GROWTH.items():
-        found = [receptive_field(net[:i]) for i in range(len(net) + 1)]
+        found = zip(*(receptive_field(net[:i])[:2] for i in range(len(net) + 1)))
         x = [4 * i / len(net) for i in range(len(net) + 1)]  # a pooling is half a step
-        look = dict(marker="o", markersize=3, linestyle="--" if name == "dilation" else "-")
-        sizes.plot(x, [size for size, _, _ in found], label=name, **look)
-        strides.plot(x, [stride for _, stride, _ in found], label=name, **look)
+        for ax, values in zip(panels, found):
+            ax.plot(x, values, "o--" if name == "dilation" else "o-", markersize=3, label=name)
+    sizes, strides = panels
     sizes.set(title="stride 2 and dilation agree", xlabel="convolutions",
               ylabel="pixels that one output sees")
     strides.set(title="plain and dilation agree", xlabel="convolutions",
@@ -253,15 +239,12 @@ def dropout_mask_average(x, p, f=lambda x: x):
 @theme
 def dropout():
     """In one report the proof of dropout-scale leaves out the mask m, and without it nothing is
-    random: E m x / (1 - p) = (1 - p) x / (1 - p) + p 0 = x. The mask does show in the square. One
-    report calls dropout-place false, and it is: relu(x m) = relu(x) m for every mask m. The sigmoid
-    turns a dropped 0 into 1/2."""
-    x, p, n = normal(8), 0.3, 10_000
+    random: E m x / (1 - p) = (1 - p) x / (1 - p) + p 0 = x. One report calls dropout-place false,
+    and it is: relu(x m) = relu(x) m for every mask m. The sigmoid turns a dropped 0 into 1/2."""
+    x, p = normal(8), 0.3
     exact, square = dropout_mask_average(x, p), dropout_mask_average(x, p, torch.square)
-    sampled = F.dropout(x.expand(n, -1), p).mean(dim=0)
-    within = (sampled - x).abs() <= 6 * x.abs() * (p / (1 - p) / n) ** 0.5  # 6 standard deviations
     yield holds("dropout-scale", "Scaling by 1/(1 - p) keeps the expectation: E dropout(x) = x.",
-                *equal((exact, x), (square, x ** 2 / (1 - p)), and_also=within.all()))
+                *equal((exact, x), (square, x ** 2 / (1 - p))))
     merged, single = masks(4, 1 - (1 - 0.2) * (1 - 0.5))
     twice = sum(w1 * w2 * (merged == m1 * m2).all(dim=1)
                 for m1, w1 in zip(*masks(4, 0.2)) for m2, w2 in zip(*masks(4, 0.5)))
@@ -273,15 +256,12 @@ def dropout():
                   "ReLU: not 0", f"ReLU {relu:g}, sigmoid {sigmoid:g}", relu == 0 and sigmoid > 0)
 
 
-def check_conv(x_size, w_size, y_size, **how):
-    """Raises ValueError unless the convolution of x with w gives y, from the three shapes, of four
-    numbers each. how: stride, padding, dilation and groups, as of F.conv2d, all four."""
+def check_conv(x_size, w_size, y_size, *how):
+    """Raises ValueError, or torch's RuntimeError, unless the convolution of x with w gives y.
+    The sizes have four numbers each; how: stride, padding, dilation, groups."""
     x, w = (torch.empty(*size, device="meta") for size in (x_size, w_size))  # sizes, no numbers
-    with contextlib.suppress(RuntimeError):  # torch's, if they do not fit at all
-        fits = F.conv2d(x, w, **how).shape == tuple(y_size) and w_size[0] % how["groups"] == 0
-        if fits and min(y_size[2:]) > 0:  # before torch 2.14 a kernel could be too large here
-            return
-    raise ValueError(f"the convolution of {x_size} with {w_size} does not give {y_size}: {how}")
+    if F.conv2d(x, w, None, *how).shape != tuple(y_size) or min(y_size[2:]) == 0:
+        raise ValueError(f"the convolution of {x_size} with {w_size} does not give {y_size}: {how}")
 
 
 def conv2d_grad_input(input_size, weight, grad_output, stride=1, padding=0, dilation=1, groups=1):
@@ -289,9 +269,8 @@ def conv2d_grad_input(input_size, weight, grad_output, stride=1, padding=0, dila
     On one axis ∂L/∂x[i s + u d - p] += w[u] ∂L/∂y[i], for output i, kernel entry u, stride s,
     dilation d and padding p. Arguments and result as in torch.nn.grad.conv2d_input: input_size
     [B, C, H, W], weight [O, C / groups, h, w], grad_output [B, O, H', W'], in any memory layout.
-    Raises ValueError if the sizes do not fit."""
-    check_conv(input_size, weight.shape, grad_output.shape, stride=stride, padding=padding,
-               dilation=dilation, groups=groups)
+    Raises ValueError or RuntimeError if the sizes do not fit."""
+    check_conv(input_size, weight.shape, grad_output.shape, stride, padding, dilation, groups)
     grad = grad_output.flatten(2).unflatten(1, (groups, -1))         # [B, g, O/g, H' W']
     w = weight.flatten(1).unflatten(0, (groups, -1))                 # [g, O/g, C/g h w]
     patches = torch.einsum("bgol,gok->bgkl", grad, w).flatten(1, 2)  # [B, C h w, H' W']
@@ -302,10 +281,8 @@ def conv2d_grad_weight(input, weight_size, grad_output, stride=1, padding=0, dil
     """∂L/∂w of y = conv2d(input, w): each weight meets one pixel of every patch of the image.
     On one axis ∂L/∂w[u] = Σ_i input[i s + u d - p] ∂L/∂y[i], as above, summed over the batch.
     Arguments and result as in torch.nn.grad.conv2d_weight: input [B, C, H, W], weight_size
-    [O, C / groups, h, w], tensors in any memory layout. Raises ValueError if the sizes do not
-    fit."""
-    check_conv(input.shape, weight_size, grad_output.shape, stride=stride, padding=padding,
-               dilation=dilation, groups=groups)
+    [O, C / groups, h, w]. Raises ValueError or RuntimeError if the sizes do not fit."""
+    check_conv(input.shape, weight_size, grad_output.shape, stride, padding, dilation, groups)
     patches = F.unfold(input, weight_size[2:], dilation, padding, stride)
     patches = patches.unflatten(1, (groups, -1))                     # [B, g, C/g h w, H' W']
     grad = grad_output.flatten(2).unflatten(1, (groups, -1))         # [B, g, O/g, H' W']
@@ -315,15 +292,13 @@ def conv2d_grad_weight(input, weight_size, grad_output, stride=1, padding=0, dil
 @theme
 def convolutions():
     """One report states conv-grad-input and conv-grad-weight, with grad = ∂L/∂y. They are right if
-    * is the true convolution, which turns its second factor round, and wrong if it is a
-    correlation, as conv2d is. In conv-transpose, output_padding=1 says that the input had 8 pixels
-    and not 7. One report asks whether the linear layer at the beginning of G is important: DCGAN's
-    G has none by name, but its first layer is one. residual-filters is for one linear convolution
-    and least squares."""
+    * is the true convolution, which flips its second factor, and wrong if it is a correlation, as
+    conv2d is. In conv-transpose, output_padding=1 says that the input had 8 pixels, not 7. One
+    report asks whether the linear layer at the start of G is important: DCGAN's G has none by name,
+    but its first layer is one. In residual-filters f is linear, fitted by least squares."""
     def random_conv(x_size, w_size, y_size, **how):  # x, w, ∂L/∂y; by autograd ∂L/∂x and ∂L/∂w
         x, w, grad = normal(*x_size), normal(*w_size), normal(*y_size)
         return x, w, grad, *gradient(lambda x, w: (F.conv2d(x, w, **how) * grad).sum(), x, w)
-
     convolve = lambda a, b, padding=0: F.conv2d(a, b.flip(2, 3), padding=padding)
     how = dict(stride=2, padding=1, groups=2)
     image, f, grad, of_image, of_f = random_conv((1, 1, 7, 6), (1, 1, 3, 3), (1, 1, 5, 4))
@@ -332,13 +307,11 @@ def convolutions():
     wrong = (of_image - F.conv2d(grad, f, padding=2)).abs().max().item()
     yield holds("conv-grad-input", "If y is image I correlated with filter f, ∂L/∂I = grad * f.",
                 *equal((of_image, convolve(grad, f, padding=2)),
-                       (of_image, conv2d_grad_input(image.shape, f, grad)),
                        (of_x, conv2d_grad_input(x.shape, w, grad_y, **how)),
                        note=f"correlation: {wrong:.1f}", and_also=wrong > 0.1))
     wrong = (of_f - convolve(image, grad)).abs().max().item()
     yield holds("conv-grad-weight", "If y is I correlated with f, ∂L/∂f = I * flip(grad).",
                 *equal((of_f, convolve(image, grad.flip(2, 3))),
-                       (of_f, conv2d_grad_weight(image, f.shape, grad)),
                        (of_w, conv2d_grad_weight(x, w.shape, grad_y, **how)),
                        note=f"no flip: {wrong:.1f}", and_also=wrong > 0.1))
     _, w, grad, of_x, _ = random_conv((2, 3, 8, 8), (4, 3, 3, 3), (2, 4, 4, 4), stride=2, padding=1)
@@ -391,25 +364,23 @@ REPORT_G, FIXED_G = TO_16 + [(1, 1, 2), (1, 2, 1)], TO_16 + [(3, 1, 2), (4, 2, 1
 def coverage():
     """One report asks why its GAN gets digits wrong every time. Its G ends in two kernels of 1:
     padding 2 cuts 16 to 12, and stride 2 with padding 1 spreads 12 to 21 with gaps. MNIST has 28x28
-    pixels and a background of -1, so D needs only the background, and no loss or label can help.
-    Compare the shapes and backgrounds of real and fake pictures first."""
+    pixels and a background of -1, so D needs only the background, and no loss or label can help."""
     def pictures(layers):  # of 20 codes
         x = torch.randn(20, 1, 1, 1)
         for kernel, stride, padding in layers:
             x = F.conv_transpose2d(x, torch.randn(1, 1, kernel, kernel), None, stride, padding)
         return x[:, 0]
-
     report, fixed = ((pictures(layers) != 0).any(dim=0) for layers in (REPORT_G, FIXED_G))
     text, note = ("{0}x{0}, {1:.1%} empty".format(len(seen), (~seen).double().mean())
                   for seen in (report, fixed))
     yield holds("transposed-coverage", "The DCGAN generator of a report makes 21x21 pictures; 77.3 "
                 "% of their pixels are always 0.", "21x21, 77.3% empty", f"{text} (fixed: {note})",
-                (text, note) == ("21x21, 77.3% empty", "28x28, 0.0% empty")
-                and torch.equal(report, covered(REPORT_G)) and torch.equal(fixed, covered(FIXED_G)))
+                text == "21x21, 77.3% empty" and torch.equal(report, covered(REPORT_G))
+                and torch.equal(fixed, covered(FIXED_G)))
 
 
 @figure("transposed_coverage", "Which pixels does the generator reach? White: they depend on the "
-        "code. Black: 0 in every picture.", panels=2)
+        "code. Black: 0 in every picture.", 1, 2)
 def draw_transposed_coverage(*panels):
     for ax, layers, name in zip(panels, (REPORT_G, FIXED_G), ("the report's", "fixed")):
         reached = covered(layers)
@@ -423,10 +394,9 @@ def draw_transposed_coverage(*panels):
 @theme
 def lookups():
     """Output y_i of an activation depends on x_i only, so its Jacobian is diagonal. One report asks
-    what an embedding is for. Looking rows up saves the multiplication by zeros; indices of shape S
-    give S + (d,). Numbers have an order: a linear layer with a threshold says yes from some index
-    on, or up to it, and the words 0 to 7 alternate between two classes. In one-hot vectors each has
-    its own weight."""
+    what an embedding is for. Looking rows up saves the multiplication by zeros. Numbers have an
+    order: a linear layer with a threshold says yes from some index on, or up to it, but the words 0
+    to 7 alternate between two classes. In one-hot vectors each word has its own weight."""
     x, grad = normal(6), normal(6)
     jacobian, derivative = jacrev(torch.tanh)(x), 1 - torch.tanh(x) ** 2
     yield holds("activation-jacobian", "Back through an activation, multiply by its derivative.",
@@ -460,30 +430,21 @@ def self_attention(x, w_q, w_k, w_v):
 @theme
 def attention():
     """Nothing in softmax(Q Kᵀ / √d) V knows the order of the rows (Vaswani et al. 2017 add
-    positions). One report asks what attention changes in a decoder: each of 20 inputs is one step
-    away, by weights that depend on the decoder's state, while the last state has next to nothing
-    left of the first. Self-attention mixes later inputs into each state, the same for all
-    outputs."""
+    positions). One report asks what attention changes in a decoder: each input is one step away, by
+    weights from the decoder's state, while the last state has almost nothing left of the first."""
     x, w, order = normal(6, 4), normal(3, 4, 4), torch.randperm(6)
     out, weights = self_attention(x, *w)
     yield holds("attention-order", "Self-attention without positions is permutation-equivariant; "
                 "outputs are averages of values.", *equal(
-                    (self_attention(x[order], *w)[0], out[order]), (weights.sum(dim=1), 1),
-                    and_also=(weights >= 0).all()))
-    x, w_x, decoder, eye = normal(20, 3), normal(4, 3), normal(4), torch.eye(4).double()
-
-    def sizes(f):  # of the gradient of f(the encoder's states) in each of the 20 inputs
-        step = lambda h, one: torch.tanh(w_x @ one + h / 2)
-        states = lambda x: torch.stack([*itertools.accumulate(x, step, initial=0 * decoder)][1:])
-        return gradient(lambda x: f(states(x)).sum(), x).norm(dim=1)
-
-    last, average, plain, mixed = (sizes(f) for f in (
-        lambda h: h[-1], lambda h: (h @ decoder / 2).softmax(dim=0) @ h, lambda h: h[0],
-        lambda h: self_attention(h, eye, eye, eye)[0][0]))
+                    (self_attention(x[order], *w)[0], out[order]), (weights.sum(dim=1), 1)))
+    x, w_x, decoder = normal(20, 3).requires_grad_(), normal(4, 3), normal(4)
+    step = lambda h, one: torch.tanh(w_x @ one + h / 2)
+    h = torch.stack([*itertools.accumulate(x, step, initial=0 * decoder)][1:])  # [20, 4]
+    last, average = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0][0].norm().item()
+                     for out in (h[-1], (h @ decoder / 2).softmax(dim=0) @ h))
     yield holds("attention-alignment", "With attention a decoder gets an average of all states of "
                 "the encoder, not only the last.", "the average keeps input 1",
-                f"gradient {average[0]:.0e} (last state: {last[0]:.0e})",
-                bool(average[0] > 1e4 * last[0] and (plain[1:] == 0).all() and (mixed > 0).all()))
+                f"gradient {average:.0e} (last state: {last:.0e})", average > 1e4 * last)
 
 
 # --- losses, activations -----------------------------------------------------------------------
@@ -502,15 +463,13 @@ def factors():
     cured. Weights of standard deviation √(2 / width) preserve the gradient of ReLU (He et al.
     2015), smaller ones do not. The loss stands still with vanishing gradients, but in a minimum and
     with a learning rate of 0 as well; the gradient's size at output and input tells these apart."""
-    p, a = double(0.45), double(-10.0)
-    l2, bce = ((p - 1) ** 2).item(), -p.log().item()
+    p, a = 0.45, double(-10.0)
+    text = f"{(p - 1) ** 2:.4f}, {-math.log(p):.4f}"
     of_l2, of_bce = (gradient(loss, a).item() for loss in (
         lambda a: (torch.sigmoid(a) - 1) ** 2, lambda a: -F.logsigmoid(a)))
     yield holds("bce-vs-l2", "At p = 0.45 for label 1: squared error 0.3025, cross-entropy 0.7985.",
-                "0.3025, 0.7985", f"{l2:.4f}, {bce:.4f} (gradients at a = -10: {of_l2:.0e}, "
-                f"{of_bce:.4f})", abs(l2 - 0.3025) < 5e-5 and abs(bce - 0.7985) < 5e-5
-                and abs(of_l2) < 1e-4 and of_bce < -0.999)
-
+                "0.3025, 0.7985", f"{text} (gradients at a = -10: {of_l2:.0e}, {of_bce:.4f})",
+                text == "0.3025, 0.7985" and abs(of_l2) < 1e-4 and of_bce < -0.999)
     def first_over_last(activation, start=None):  # gradients of the weights of layers 1 and 24
         layers = [nn.Linear(32, 32).double() for _ in range(24)]
         x = normal(32, 32)
@@ -522,7 +481,6 @@ def factors():
         first, last = torch.autograd.grad((x * normal(32, 32)).sum(),
                                           [layers[0].weight, layers[-1].weight])
         return (first.norm() / last.norm()).item()
-
     sigmoid, sigmoid_xavier, tanh, tanh_xavier = (
         first_over_last(f, start) for f in (torch.sigmoid, torch.tanh)
         for start in (None, nn.init.xavier_normal_))
@@ -530,20 +488,16 @@ def factors():
                   "gradients.", "about the same", f"{sigmoid:.0e}, {tanh:.0e}: "
                   f"{tanh / sigmoid:.0e} times (Xavier: {sigmoid_xavier:.0e}, {tanh_xavier:.2g})",
                   tanh > 1e12 * sigmoid and sigmoid_xavier < 1e-9 and 0.05 < tanh_xavier < 20)
-
     network = lambda w, x: functools.reduce(lambda x, layer: torch.relu(layer @ x), w, x)
     w, x, y = (2 / 32) ** 0.5 * normal(20, 32, 32), normal(32), normal(32)
     he, small = (gradient(lambda x: network(v, x).sum(), x).norm().item() for v in (w, w / 7))
-    yield refuted("relu-vanish", "A ReLU network cannot have vanishing gradients.",
-                  "about as before", f"weights / 7: {small / he:.0e} of it",
-                  abs(small / he * 7 ** 20 - 1) <= 1e-8)
-
+    yield refuted("relu-vanish", "In a ReLU network gradients cannot vanish.", "about as before",
+                  f"weights / 7: {small / he:.0e} of it", abs(small / he * 7 ** 20 - 1) <= 1e-8)
     def one_step(w, y, rate):  # change of the loss; size of its gradient at output and input
         loss = lambda w, x: ((network(w, x) - y) ** 2).sum() / 2
         change = loss(w - rate * gradient(lambda w: loss(w, x), w), x) - loss(w, x)
         sizes = (network(w, x) - y).norm(), gradient(lambda x: loss(w, x), x).norm()
         return change.item(), *(size.item() for size in sizes)
-
     explodes, vanishes, minimum, no_rate = (one_step(*run) for run in (
         (3 * w, y, 0.01), (w / 7, y, 0.01), (w, network(w, x), 0.01), (w, y, 0.0)))
     yield holds("loss-tells-which", "If gradients vanish or explode, the loss alone tells which of "
@@ -560,11 +514,10 @@ def factors():
 
 @theme
 def relu():
-    """One report calls relu-linear false, and it is: ReLU is linear there, its gradient constant.
-    One report states relu-sign, but ReLU lets a gradient of either sign pass where its *input* was
-    positive; only guided backpropagation (Springenberg et al. 2015) drops the negative ones. A step
-    that moves the bias too far, here to -50, makes a unit die. In a hidden layer the layers below
-    may move its inputs, and it may come back."""
+    """One report calls relu-linear false: the gradient is constant there. One report states
+    relu-sign, but ReLU passes a gradient of either sign where its *input* is positive; only guided
+    backpropagation (Springenberg et al. 2015) drops negative ones. A step that moves the bias too
+    far, here to -50, makes a unit die. In a hidden layer its inputs may move and wake it."""
     of_relu = gradient(lambda x: torch.relu(x).sum(), torch.tensor([1.0, 2.0, 3.0])).tolist()
     yield refuted("relu-linear", "Where its input is positive, ReLU's gradient is linear in it.",
                   "1 : 2 : 3", " : ".join(f"{s:g}" for s in of_relu), of_relu == [1, 1, 1])
@@ -586,16 +539,13 @@ def relu():
 def average_precision(hits, objects):
     """AP of one class: Σ over the hits of the precision there, over the number of objects.
     hits: for each detection, the most confident first, whether it finds an object that none before
-    it has found; a list or a tensor of n booleans, or 0 and 1. Precision: the share of hits so far.
-    mAP is the mean over the classes. Without the interpolation of VOC and COCO: each precision is
-    taken as it is. Returns a number, which is 0 without any hit. Raises ValueError if there are
-    fewer objects than hits, or none, and for confidences in place of hits."""
+    it has found; a list or a tensor of n booleans, or 0 and 1. Precision: the share of hits so far,
+    without the interpolation of VOC and COCO. mAP is the mean over the classes. Returns a number.
+    Raises ValueError for confidences in place of hits, and for more hits than objects, or none."""
     hits = torch.as_tensor(hits)
-    if not ((hits == 0) | (hits == 1)).all():
-        raise ValueError("hits must be true or false: sort by confidence, then compare with IoU")
+    if not ((hits == 0) | (hits == 1)).all() or not 0 < objects >= hits.sum():
+        raise ValueError(f"hits must be true or false, and no more than {objects} objects, from 1")
     hits = hits.bool()
-    if not 0 < objects >= hits.sum():
-        raise ValueError(f"{int(hits.sum())} hits on {objects} objects")
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, dtype=torch.float64)
     return precision[hits].sum().item() / objects
 
@@ -611,11 +561,10 @@ def dice_from_iou(iou):
 @theme
 def counting():
     """One report asks what mAP is: the mean over the classes of the area under precision over
-    recall, the share of objects found so far. IoU is |A ∩ B| / |A ∪ B| of two masks, Dice is
-    2 |A ∩ B| / (|A| + |B|): for one pair of masks each is a function of the other. One report
-    states label-constraints: for each class k but the label it turns N(I) ≠ k, where N(I) is the
-    network's answer to image I, into N(I) > k and N(I) < k. But N(I) ≠ k means that one *or* the
-    other is true."""
+    recall, the share of objects found so far. IoU is |A ∩ B| / |A ∪ B| of two masks, Dice is 2 |A ∩
+    B| / (|A| + |B|). One report states label-constraints: for each class k but the label it turns
+    N(I) ≠ k, where N(I) is the network's answer to image I, into N(I) > k and N(I) < k. But N(I) ≠
+    k means that one *or* the other is true."""
     hits = torch.rand(100, 30, dtype=torch.float64) < 0.5  # random lists
     found = hits.cumsum(1).double()
     area = (found / torch.arange(1, 31) * F.pad(found, (1, 0)).diff() / 40).sum(dim=1)
@@ -647,15 +596,14 @@ def mlp_loss(x, y, w1, b1, w2, b2, lam):
     (‖W1‖² + ‖W2‖²), where ‖W‖² is the sum of all squared entries. The mean is over all entries of
     y; the shapes are those of mlp_grads. Returns a scalar tensor."""
     a2 = torch.relu(x @ w1.T + b1) @ w2.T + b2
-    return (F.binary_cross_entropy_with_logits(a2, y)
-            + lam / 2 * (w1.pow(2).sum() + w2.pow(2).sum()))
+    penalty = lam / 2 * (w1.pow(2).sum() + w2.pow(2).sum())
+    return F.binary_cross_entropy_with_logits(a2, y) + penalty
 
 
 def mlp_grads(x, y, w1, b1, w2, b2, lam):
     """Gradients of mlp_loss by hand: a dict of W1, b1, W2, b2, x, each shaped like its argument.
-    x [B, d], y [B, K] with targets 0 to 1, w1 [H, d], b1 [H], w2 [K, H], b2 [K]; often K = 1.
-    a1 = x W1ᵀ + b1, h = relu(a1), a2 = h W2ᵀ + b2. ∂a is short for ∂loss/∂a, ⊙ multiplies entry by
-    entry, and [a1 > 0] is 1 where that is true and 0 elsewhere.
+    x [B, d], y [B, K] with targets 0 to 1, w1 [H, d], b1 [H], w2 [K, H], b2 [K]. a1 = x W1ᵀ + b1,
+    h = relu(a1), a2 = h W2ᵀ + b2. ∂a: ∂loss/∂a. ⊙: entry by entry. [a1 > 0]: 1 if true, else 0.
     ∂a2 = (σ(a2) - y) / (B K),  ∂W2 = ∂a2ᵀ h + λ W2,  ∂b2 = Σ_B ∂a2,
     ∂a1 = (∂a2 W2) ⊙ [a1 > 0],  ∂W1 = ∂a1ᵀ x + λ W1,  ∂b1 = Σ_B ∂a1,  ∂x = ∂a1 W1."""
     a1 = x @ w1.T + b1
@@ -669,10 +617,9 @@ def mlp_grads(x, y, w1, b1, w2, b2, lam):
 
 def numeric_grad(f, x, eps=6e-6):
     """Central differences: ∂f/∂x_i ≈ (f(x + eps e_i) - f(x - eps e_i)) / (2 eps), for all i.
-    f: tensor like x -> scalar; x: float64, any shape and memory layout; it is not changed. Returns
-    a tensor of x's shape, without a graph. Two calls of f for each entry. The error is
-    about eps² |f'''| / 6 + 2e-16 |f| / eps: smallest near eps = (2e-16)^(1/3) = 6e-6. Raises
-    ValueError for an x of another type: in float32 the difference is lost in rounding."""
+    f: tensor like x -> scalar; x: float64. Returns a tensor of x's shape, without a graph; f is
+    called twice for each entry. The error is about eps² |f'''| / 6 + 2e-16 |f| / eps: smallest near
+    eps = (2e-16)^(1/3) = 6e-6. Raises ValueError for an x of another type, such as float32."""
     if x.dtype != torch.float64:
         raise ValueError(f"x is {x.dtype}: differences need float64, x.double()")
     x, grad = x.detach(), x.new_zeros(x.shape)  # contiguous, as view needs; zeros_like may not be
@@ -681,15 +628,6 @@ def numeric_grad(f, x, eps=6e-6):
         step.view(-1)[i] = eps
         grad.view(-1)[i] = (f(x + step) - f(x - step)) / (2 * eps)
     return grad
-
-
-def difference_errors(x, powers):
-    """Mean error of forward and central differences of Σ exp(sin x), for each eps = 10^power."""
-    f = lambda x: x.sin().exp()
-    differences = [((f(x + eps) - f(x)) / eps, (f(x + eps) - f(x - eps)) / (2 * eps))
-                   for eps in (10.0 ** p for p in powers)]
-    return torch.tensor([[(d - x.cos() * f(x)).abs().mean().item() for d in pair]
-                         for pair in differences])  # [powers, 2]
 
 
 @theme
@@ -714,45 +652,33 @@ def backpropagation():
     yield holds("mlp-backprop", "mlp_grads differentiates two layers, cross-entropy and λ/2 ‖W‖².",
                 *equal(*zip(by_autograd, map(by_hand.get, ("x", "W1", "b1", "W2", "b2"))),
                        note=f"no σ: no log for {no_log} of 60", and_also=no_log > 0))
-    x, powers = normal(50), [-12 + 0.25 * i for i in range(45)]
-    by_autograd = gradient(lambda x: x.sin().exp().sum(), x)
-    difference = (numeric_grad(lambda x: x.sin().exp().sum(), x) - by_autograd).abs().max().item()
-    forward, central = (powers[i] for i in difference_errors(x, powers).argmin(dim=0))
+    f, x, powers = lambda x: x.sin().exp(), normal(50), [-12 + 0.25 * i for i in range(45)]
+    of_f = gradient(lambda x: f(x).sum(), x)
+    difference = (numeric_grad(lambda x: f(x).sum(), x) - of_f).abs().max().item()
+    error = lambda eps, back: ((f(x + eps) - f(x - back)) / (eps + back) - of_f).abs().mean().item()
+    forward = min(powers, key=lambda power: error(10 ** power, 0))
+    central = min(powers, key=lambda power: error(10 ** power, 10 ** power))
     yield holds("numeric-grad", "Central differences match autograd; best eps: 1e-8 forward, 6e-6 "
                 "central.", "1e-8, 6e-6", f"{10 ** forward:.0e}, {10 ** central:.0e} (difference "
                 f"{difference:.0e})",
                 difference < 1e-8 and abs(forward + 8) < 1.1 and abs(central + 5.2) < 1.1)
 
 
-@figure("finite_difference", "Finite differences of exp(sin x), float64")
-def draw_finite_difference(ax):
-    powers = [-12 + 0.1 * i for i in range(121)]
-    errors = difference_errors(torch.linspace(-2, 2, 51, dtype=torch.float64), powers)
-    for error, name, root in zip(errors.T, ("forward", "central"), (2, 3)):
-        line, = ax.loglog([10 ** p for p in powers], error, label=name)
-        ax.axvline(2.2e-16 ** (1 / root), color=line.get_color(), linestyle=":",
-                   label=f"eps = (2e-16)^(1/{root})")
-    ax.set(xlabel="eps", ylabel="mean error of the derivative")
-
-
 @theme
 def batches():
     """One report defines SGD by one random sample for each step, and mini-batch SGD apart from it:
-    N steps is true, "or a batch" makes N / B, rounded up. In sgd-unbiased σ² is the variance of
-    single samples' gradients; the check lists all batches of 1, 2, 3 out of 6. One report calls
-    sgd-below-gd false, and it is: there is only one batch of all samples. The gradients of parts
-    add up; what the full gradient costs is time. One report states "decrease" for batch-doubling.
-    Noise is the limit at first, later the curvature, and doubling gains little."""
+    N steps is true, "or a batch" makes N / B. In sgd-unbiased σ² is the variance of single samples'
+    gradients; the check lists all batches of 1, 2, 3 out of 6. One report calls sgd-below-gd false:
+    there is only one batch of all samples. The gradients of parts add up. One report states
+    "decrease" for batch-doubling. Noise is the limit at first, later the curvature."""
     one, many = (len(torch.arange(1000).split(b)) for b in (1, 64))
     yield refuted("sgd-steps", "SGD makes one step per sample in every epoch, \"using only one "
                   "sample or a batch\".", "1000, 1000 steps", f"{one}, {many} steps (B = 1, 64)",
                   (one, many) == (1000, 16))
-
     def of_all_batches(per_sample, b, replace):  # their mean gradients [number of batches, d]
         n = range(len(per_sample))
         chosen = itertools.product(n, repeat=b) if replace else itertools.combinations(n, b)
         return torch.stack([per_sample[list(batch)].mean(dim=0) for batch in chosen])
-
     x, y, w = normal(6, 3), normal(6), normal(3)
     per_sample = torch.stack([gradient(lambda w: (xi @ w - yi) ** 2, w) for xi, yi in zip(x, y)])
     full = gradient(lambda w: ((x @ w - y) ** 2).mean(), w)
@@ -776,11 +702,9 @@ def batches():
     yield refuted("gd-memory", "Full gradient descent needs all samples in memory at once.",
                   "60 samples at once", f"{most} (difference {difference:.0e})",
                   most < 60 and difference <= ROUNDING)
-
+    # y = x.w* + noise of standard deviation 0.5, x has 10 values with variances 1 to 0.1; the loss,
+    # less its minimum, is the mean of 200 runs for each learning rate
     def steps_to(batch, target=0.01, limit=2000):
-        """Fewest steps to that loss: y = x.w* + noise of standard deviation 0.5, x has 10 values
-        with variances 1 to 0.1; the loss, less its minimum, is the mean of 200 runs for each rate.
-        """
         variance = torch.logspace(0, -1, 10, dtype=torch.float64)  # [10]
         rates = double([0.02 * 1.3 ** i for i in range(16)])[:, None, None]
         error = torch.ones(16, 200, 10, dtype=torch.float64)       # w - w*: [rates, runs, 10]
@@ -790,7 +714,6 @@ def batches():
             error -= rates * torch.einsum("rsb,sbd->rsd", residual, x) / batch
             if ((error ** 2 * variance).sum(dim=2).mean(dim=1) / 2).min() <= target:
                 return step
-
     a, b, c, d = (steps_to(batch) for batch in (4, 8, 128, 256))
     yield holds("batch-doubling", "Twice the batch: fewer steps, half as many while noise rules.",
                 "fewer, ratio 0.5 -> 1", f"4, 8: {a}, {b} steps; 128, 256: {c}, {d}",
@@ -799,22 +722,19 @@ def batches():
 
 @theme
 def where_descent_ends():
-    """One report calls gd-global false, and it is: (x² - 1)² + 0.3 x has its lower well on the
-    left, and descent from 1.5 ends on the right. Noise, as SGD's, is a way out and no guarantee.
-    One report asks where gradient descent cannot be used: where there is no finite data set, as on
-    a stream, with fresh augmentations, or for the expectation over z, so that every step of a GAN
-    or a VAE is one of SGD. Neither helps where a loss is flat with jumps, as the share of wrong
-    answers. One report states newton-ravine, as Newton's steps cost more and end in saddle points.
-    They do, but in a quadratic ravine Newton needs one step, and momentum with its best settings
-    (Polyak 1964) √κ / 2 log(1/ε) and some more, if the curvatures differ by a factor κ."""
+    """One report calls gd-global false: (x² - 1)² + 0.3 x has its lower well on the left, and
+    descent from 1.5 ends on the right. Noise is a way out, no guarantee. One report asks where
+    gradient descent cannot be used: where there is no finite data set, as for the expectation over
+    z: every step of a GAN or a VAE is one of SGD. Neither helps where a loss is flat with jumps, as
+    the share of wrong answers. One report states newton-ravine, as Newton's steps cost more and end
+    in saddle points. They do, but in a quadratic ravine Newton needs one step, and momentum at its
+    best (Polyak 1964) √κ / 2 log(1/ε) and some more, with κ the ratio of curvatures."""
     f = lambda x: (x ** 2 - 1) ** 2 + 0.3 * x
-
     def ends(noise, runs):
         x = torch.full((runs,), 1.5, dtype=torch.float64)
         for _ in range(300):
             x = x - 0.02 * (gradient(lambda x: f(x).sum(), x) + noise * normal(runs))
         return x
-
     x, lower = ends(0, 1).item(), f(-1.0)
     escaped = (ends(10, 1000) < 0).double().mean().item()
     yield refuted("gd-global", "Gradient descent reaches the global minimum, SGD a local one.",
@@ -873,8 +793,7 @@ def inner_loops():
     has a closed form, and dw/dλ = -(xᵀx + λI)⁻¹ w. So the outer gradient is exact. tbptt-reach is
     right for the gradient and wrong for the state: with W_h = I and small numbers the network
     remembers, and its last state moves with an input 12 steps back."""
-    x, y, held_x, held_y = normal(20, 4), normal(20), normal(10, 4), normal(10)
-    lam = double(0.7)
+    x, y, held_x, held_y, lam = normal(20, 4), normal(20), normal(10, 4), normal(10), double(0.7)
     w = ridge(x, y, lam)
     inner = gradient(lambda w: ((x @ w - y) ** 2).sum() + lam * (w ** 2).sum(), w).norm()
     dw = -torch.linalg.solve(x.T @ x + lam * torch.eye(4).to(x), w)
@@ -890,25 +809,22 @@ def inner_loops():
                 *equal((rnn(x, w_x, w_h), rnn(x, w_x, w_h, s)), (cut[-s:], full[-s:]),
                        (cut[:-s], 0), and_also=(full[:-s] != 0).any()))
     x, w_x, w_h = normal(12, 3) / 10, normal(8, 3) / 20, torch.eye(8, dtype=torch.float64)
-    other = x.clone()
-    other[0] += 1
+    other = torch.cat([x[:1] + 1, x[1:]])
     first, last = ((rnn(other[:n], w_x, w_h, min(n, s)) - rnn(x[:n], w_x, w_h, min(n, s))).norm()
                    .item() for n in (1, 12))
     at_first = gradient(lambda x: rnn(x, w_x, w_h, s).sum(), x)[0].norm().item()
-    yield refuted("tbptt-reach", "With truncation at S steps a network can only use relations at "
-                  "most S steps apart.", "state moves by 0", f"by {last:.2g} (first state: "
-                  f"{first:.2g}; gradient {at_first:g})", last > 0.5 * first > 0.01
-                  and at_first == 0)
+    yield refuted("tbptt-reach", "With truncation at S steps a network cannot use longer "
+                  "relations.", "state moves by 0", f"by {last:.2g} (first state: {first:.2g}; "
+                  f"gradient {at_first:g})", last > 0.5 * first > 0.01 and at_first == 0)
 
 
 @theme
 def never_zeroed():
-    """One report sees its loss "exploding exponentially" with gradients that were never zeroed. It
-    compares the means of z, z² and z⁴ of a batch of codes with those of noise; the codes here are a
-    linear map. Each step uses the sum of all gradients so far, which Adam scales to full length. In
-    plain gradient descent that is momentum with factor 1: the weights swing while learning rate x
-    curvature < 4, and run away above. The fourth power does it, as its curvature grows with z. The
-    learning rate is the largest 0.01 / 2^i at which zeroed gradients stay finite."""
+    """One report sees its loss "exploding exponentially" with gradients that were never zeroed. The
+    loss compares the means of z, z² and z⁴ of a batch of codes with those of noise. Each step uses
+    the sum of all gradients so far, which Adam scales to full length. In plain gradient descent
+    that is momentum with factor 1, which the fourth power makes explode, as its curvature grows
+    with z. The learning rate is the largest 0.01 / 2^i at which zeroed gradients stay finite."""
     def losses(optimiser, rate, zeroed, powers=(1, 2, 4)):
         with torch.random.fork_rng(devices=[]):  # the same data, weights and noise each time
             x, w = 2 * torch.rand(256, 8).double(), torch.randn(8, 4).double() / 8 ** 0.5
@@ -923,7 +839,6 @@ def never_zeroed():
                 opt.step()
                 seen.append(loss.item())
         return double(seen).nan_to_num(math.inf)
-
     zeroed, summed = (losses(torch.optim.Adam, 0.01, zero) for zero in (True, False))
     first, early, late = (part.max().item() for part in (summed[0], summed[:150], summed[150:]))
     yield holds("grad-accumulate", "With Adam, gradients that are never zeroed make this loss "
@@ -932,13 +847,9 @@ def never_zeroed():
     sgd, rates = torch.optim.SGD, [0.01 / 2 ** i for i in range(10)]
     rate = next(rate for rate in rates if losses(sgd, rate, True)[-1].isfinite())
     fourth, without = losses(sgd, rate, False).max().item(), losses(sgd, rate, False, (1, 2))
-    below, above = (growth(lambda x, total: (x - rate * (total + x), total + x), 2)
-                    for rate in (3.9, 4.1))  # a step on x²/2, whose curvature is 1
     yield refuted("grad-accumulate-sgd", "Plain gradient descent without zeroing makes any loss "
-                  "explode.", "explodes", f"with z⁴ {fourth:.2g}, without {without.max():.2g} "
-                  f"(x²/2: by {below:.4g} a step at 3.9, {above:.4g} at 4.1)",
-                  without.max().item() <= 2 * without[0].item() and fourth > 1e12
-                  and abs(below - 1) < 1e-6 and above > 1.1)
+                  "explode.", "explodes", f"with z⁴ {fourth:.2g}, without {without.max():.2g}",
+                  without.max().item() <= 2 * without[0].item() and fourth > 1e12)
 
 
 # A variable with these three values and probabilities has a normal's first five moments, so E f
@@ -965,8 +876,7 @@ def noise_on_the_input():
     at many of 100 points, and a squared error with random targets as well. What decides is whether
     L' averages to 0 over the labels at x: it does for a squared error at its minimum (Bishop 1995)
     and for a GAN's whole loss if D is the best one for the shares of real and fake at x (Roth et
-    al. 2017, arXiv:1705.09367). Then only the penalty is left, and the ratio is 1. What both parts
-    leave is of order s⁴, 16 times less when s halves."""
+    al. 2017, arXiv:1705.09367). Then only the penalty is left, and the ratio is 1."""
     w, v, x = normal(5, 2), normal(5), normal(100, 2)
     D, real = lambda x: torch.tanh(x @ w.T) @ v, lambda d: F.softplus(-d)
     e = double(list(itertools.product(THREE_POINTS, repeat=2)))  # [9, 2], for s = 1
@@ -999,8 +909,7 @@ def coupling_log_prob(x, layers):
     layers of M from z to x: (mask, scale, shift), mask a 0/1 tensor [d], scale and shift functions
     [B, d] -> [B, d] of the coordinates that the mask lets through (Dinh et al. 2017, section 3):
     x = mask z + (1 - mask)(z exp(scale(mask z)) + shift(mask z)),
-    log |det ∂z/∂x| = -Σ (1 - mask) scale(mask x), summed over the layers. There may be none.
-    Raises ValueError for a mask of other values."""
+    log |det ∂z/∂x| = -Σ (1 - mask) scale(mask x) over all layers. ValueError for another mask."""
     log_det = 0
     for mask, scale, shift in reversed(layers):  # one layer back: from x towards z
         if not ((mask == 0) | (mask == 1)).all():
@@ -1017,7 +926,6 @@ def random_coupling(d, depth):
     def net():
         w, b = normal(d, d) / d ** 0.5, 0.5 * normal(d)
         return lambda x: torch.tanh(x @ w.T + b) / 2
-
     return [((torch.arange(d) + i) % 2, net(), net()) for i in range(depth)]
 
 
@@ -1063,29 +971,16 @@ def best_linear_vae(variance, v, pixels=1):
 
 @theme
 def codes():
-    """M is four coupling layers in the plane, with triangular Jacobians. The density is summed in
-    cells of 0.1 x 0.1. Nothing ties GLO's codes to a distribution (Bojanowski et al. 2018 fit one
-    afterwards), and only the training pictures, here points of a ring of 8 modes, have codes. The
-    check counts what lies within 3 standard deviations of a mode."""
-    layers = random_coupling(2, 4)
-
-    def M(z):
-        for mask, scale, shift in layers:
-            z = mask * z + (1 - mask) * (z * scale(mask * z).exp() + shift(mask * z))
-        return z
-
-    z = normal(3, 2)
-    jacobians = torch.stack([torch.autograd.functional.jacobian(M, one) for one in z])
-    by_autograd = -(z ** 2).sum(dim=1) / 2 - math.log(2 * math.pi) - jacobians.det().abs().log()
-    difference = (coupling_log_prob(M(z), layers) - by_autograd).abs().max()
+    """M is four coupling layers in the plane; p must sum to 1. Nothing ties GLO's codes to a
+    distribution (Bojanowski et al. 2018 fit one later): only the training pictures, here from a
+    ring of 8 modes, have codes. The check counts points within 3 standard deviations of one."""
     line = torch.linspace(-20, 20, 401, dtype=torch.float64)
-    p = coupling_log_prob(torch.cartesian_prod(line, line), layers).exp()
-    yield holds("change-of-variables", "log p(x) = log p_z(M⁻¹(x)) + log |det ∂M⁻¹/∂x|.", *agree(
-        1, p.sum().item() * 0.1 ** 2, "in all", 1e-6, and_also=difference <= ROUNDING))
+    p = coupling_log_prob(torch.cartesian_prod(line, line), random_coupling(2, 4)).exp()
+    yield holds("change-of-variables", "log p(x) = log p_z(M⁻¹(x)) + log |det ∂M⁻¹/∂x|.",
+                *agree(1, p.sum().item() * 0.1 ** 2, "in all", 1e-6))
     angle = 2 * math.pi * torch.arange(8) / 8
     centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
-    x = centres[torch.randint(8, (512,))]
-    x = x + 0.05 * torch.randn_like(x)
+    x = centres[torch.randint(8, (512,))] + 0.05 * torch.randn(512, 2)
     G = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     free = torch.randn(512, 2, requires_grad=True)
     opt = torch.optim.Adam([{"params": [free], "lr": 1e-2}, {"params": G.parameters(), "lr": 3e-3}])
@@ -1103,45 +998,39 @@ def codes():
 
 @theme
 def vae():
-    """log p(x) - ELBO = KL(q ‖ p(z given x)) (Kingma, Welling 2014). Why maximise p(x), the
-    evidence? The largest mean log p(x) is the smallest KL(data ‖ model). One report asks
-    vae-posterior: N(0, I) is the prior, what z is before x is seen, and z is sampled. In
-    kl-closed-form log q - log p is quadratic, so its mean over the 2d points mu ± √d L_i is exact
-    (L: the Cholesky factor). One report leaves the 1/2 out. An encoder gives log σ², which may be
-    any number. In posterior collapse q is the prior for every x. With one code the best ‖w‖² is
-    λ - v, or 0 if λ < v, λ the largest eigenvalue of the data's covariance (Lucas et al. 2019), and
-    the KL log(λ/v)/2; two equal pixels of variance 0.6 have λ = 1.2. A smaller v (chapter 01:
-    x_sigma2) or weight of the KL is a cure. A G or a decoder with z shorter than x reaches a
-    surface without volume: with noise s the log density on it rises by log 10 for each power of ten
-    and missing dimension, to ∞, and falls to -∞ beside it."""
+    """log p(x) - ELBO = KL(q ‖ p(z given x)) (Kingma, Welling 2014). The largest mean log p(x), the
+    evidence, is the smallest KL(data ‖ model). One report asks vae-posterior: N(0, I) is the prior,
+    what z is before x is seen, and z is sampled. In no-density G's pictures, with noise s, are a
+    surface: on it the log density rises by log 10 for each power of ten and missing dimension,
+    beside it, it falls to -∞. One report leaves out the 1/2 of kl-closed-form. An encoder gives log
+    σ², which may be any number. In posterior collapse q is the prior for every x. With one code the
+    best ‖w‖² is λ - v, or 0 if λ < v, λ the largest eigenvalue of the data's covariance (Lucas et
+    al. 2019), and the KL log(λ/v)/2. A smaller v (chapter 01: x_sigma2) is a cure."""
     w, v = normal(5, 2), 0.3
     x = w @ normal(2) + v ** 0.5 * normal(5)
     cov = torch.linalg.inv(torch.eye(2).to(w) + w.T @ w / v)  # of the true posterior of z
     mu = cov @ w.T @ x / v
     log_p = lambda x, v: log_normal(x, 0 * x, w @ w.T + v * torch.eye(5).to(w)).item()
-    at_posterior = log_p(x, v) - linear_elbo(x, w, v, mu, cov).item()
+    at_best = log_p(x, v) - linear_elbo(x, w, v, mu, cov).item()
     gaps = [log_p(x, v) - linear_elbo(x, w, v, mu + normal(2), random_covariance(2)).item()
             for _ in range(100)]
     yield holds("vae-elbo", "A VAE minimises a bound above -log p(x), reached at the posterior.",
-                "gap > 0; 0 at posterior",
-                f"{min(gaps):.2f} to {max(gaps):.0f}; {at_posterior:.0e}",
-                all(gap > 0 for gap in gaps) and abs(at_posterior) < ROUNDING)
-    root = torch.linalg.cholesky(cov)
-    one, two = (w @ (mu + root @ normal(2)) for _ in range(2))
+                "gap > 0; 0 at posterior", f"{min(gaps):.2f} to {max(gaps):.0f}; "
+                f"{at_best:.0e}", all(gap > 0 for gap in gaps) and abs(at_best) < ROUNDING)
+    one, two = (w @ (mu + torch.linalg.cholesky(cov) @ normal(2)) for _ in range(2))
     kl, apart = kl_standard_normal(mu, cov).item(), (one - two).norm().item()
     yield refuted("vae-posterior", "q(z given x) is N(0, I); x encoded twice gives one picture.",
                   "KL 0, pictures 0 apart", f"KL {kl:.2f} nats, {apart:.2f} apart",
                   kl > ROUNDING and apart > ROUNDING)
     on = w @ normal(2)
-    beside = on + 0.1 * normal(5)
-    (before, there), (_, off) = ([log_p(x, s ** 2) for s in (1e-3, 1e-4)] for x in (on, beside))
+    (before, there), (_, off) = ([log_p(x, s ** 2) for s in (1e-3, 1e-4)]
+                                 for x in (on, on + 0.1 * normal(5)))
     yield holds("no-density", "If z is shorter than x, the pictures G(z) have no density p(x).",
                 "(5 - 2) log 10 = 6.908 a step", f"{there - before:.3f} on the surface (beside: "
                 f"{off:.0e})", abs(there - before - 3 * math.log(10)) < 1e-3 and off < -1e4)
     mean, cov = normal(3), random_covariance(3)
     steps = 3 ** 0.5 * torch.linalg.cholesky(cov).T  # row i is √d L_i
-    zero, eye = torch.zeros_like(mean), torch.eye(3).to(mean)
-    average = sum(log_normal(z, mean, cov) - log_normal(z, zero, eye)
+    average = sum(log_normal(z, mean, cov) - log_normal(z, 0 * mean, torch.eye(3).double())
                   for z in torch.cat([mean + steps, mean - steps])) / 6
     yield holds("kl-closed-form", "KL(N(mu, Σ) ‖ N(0, I)) = (tr Σ + ‖mu‖² - d - log det Σ) / 2.",
                 *agree(average.item(), kl_standard_normal(mean, cov).item(), "nats"))
@@ -1155,26 +1044,19 @@ def vae():
                 and abs(w_two - 0.2 ** 0.5) < 0.05)
 
 
-def picture_error(x, answer):
-    """Mean squared distance of the pictures x [n, pixels] to one answer [pixels]."""
-    return (x - answer).pow(2).sum(dim=1).mean()
-
-
 @theme
 def blur():
-    """Squared error and cross-entropy are convex, with a gradient of 0 at the mean. Any one of the
-    pictures that fit a code has on average twice the squared error. A GAN avoids the mean: D can
-    see that it is not among the data. In shift-blind the pictures are lines, one pixel wide, that
-    wander down a square."""
+    """Squared error and cross-entropy are convex, with gradient 0 at the mean. One of the pictures
+    that fit a code has on average twice the squared error. A GAN avoids the mean: D sees that it is
+    not among the data. In shift-blind pictures are lines that wander down a square."""
     x = torch.rand(5, 784, dtype=torch.float64)  # five pictures that fit one code
-    mean = x.mean(dim=0)
+    mean, error = x.mean(dim=0), lambda answer: (x - answer).pow(2).sum(dim=1).mean()
     size = max(gradient(f, mean).abs().max().item() for f in (
-        lambda a: picture_error(x, a), lambda a: F.binary_cross_entropy(a.expand(5, -1), x)))
-    errors = [picture_error(x, one).item() for one in (mean, *x)]
+        error, lambda a: F.binary_cross_entropy(a.expand(5, -1), x)))
+    errors = [error(one).item() for one in (mean, *x)]
     yield holds("vae-mean", "If several pictures fit one code, a VAE's best answer is their mean.",
                 *agree(2, sum(errors[1:]) / 5 / errors[0], "times the error",
-                       note=f"gradient {size:.0e}",
-                       and_also=size < ROUNDING < (x - mean).norm(dim=1).min()))
+                       note=f"gradient {size:.0e}", and_also=size < ROUNDING))
     place = torch.randint(11, 16, (100, 1)) + torch.randint(-1, 2, (100, 20)).cumsum(dim=1)
     x = F.one_hot(place.clamp(1, 26), 28).double()  # [100, 20, 28]
     moved, mean = ((x - other).pow(2).sum(dim=(1, 2)) for other in (x.roll(1, 2), x.mean(dim=0)))
@@ -1186,9 +1068,8 @@ def blur():
 # --- GANs --------------------------------------------------------------------------------------
 
 TOPICS["GANs"] = """A GAN is a game: the generator G turns noise z into pictures, the discriminator
-    D says how likely a picture is real, and each is trained against the other. D's answer is σ(a),
-    a is its logit. p is the distribution of the data, q that of G's pictures. What does a perfect D
-    measure, what gradient does G get, how does a game of gradient steps move?"""
+    D answers how likely a picture is real: σ(a), where a is its logit. p is the distribution of the
+    data, q that of G's pictures. What does a perfect D measure, and how does the game move?"""
 
 
 def x_log_y(x, y):
@@ -1208,8 +1089,7 @@ def jensen_shannon(p, q):
 
 def gan_value(D, p, q):
     """V(D) = E_p log D + E_q log(1 - D), D, p, q [n] (Goodfellow et al. 2014, eq. 1); nats.
-    Where p or q is 0, its term and its gradient are 0, also if D is sure. Raises ValueError if the
-    shapes differ."""
+    Where p or q is 0, its term and its gradient are 0. Raises ValueError if the shapes differ."""
     if not D.shape == p.shape == q.shape:
         raise ValueError(f"D {tuple(D.shape)}, p {tuple(p.shape)} and q {tuple(q.shape)} differ")
     return (x_log_y(p, D) + x_log_y(q, 1 - D)).sum()
@@ -1217,22 +1097,17 @@ def gan_value(D, p, q):
 
 @theme
 def best_d():
-    """V (gan_value) is concave in D, so D* is best if the gradient vanishes there (Goodfellow et
-    al. 2014). One report asks whether perfect-d is true. At p = q the best D is 1/2 everywhere and
-    gives G no gradient. But a weak D is right on 50 % as well, and if p ≠ q, training both improves
-    G: here D is 1/2 at first, then the best one in each of 200 steps of G. One report asks
-    detach-d. D's gradient is the same with G(z).detach(), to the last bit; G's comes through D, so
-    there G(z) needs its graph."""
+    """V is concave in D, so D* is best if the gradient vanishes there (Goodfellow et al. 2014). One
+    report asks whether perfect-d is true. At p = q the best D is 1/2 everywhere and gives G no
+    gradient. But a weak D is right on 50 % as well, and if p ≠ q, training both improves G: here D
+    is 1/2 at first, then the best one in each of 200 steps of G. One report asks detach-d. D's
+    gradient is the same with G(z).detach(); G's comes through D, so there G(z) needs its graph."""
     p, q = normal(6).softmax(0), normal(6).softmax(0)
     best = p / (p + q)
-    value = gan_value(best, p, q)
-    others = torch.stack([gan_value(torch.rand(6, dtype=torch.float64), p, q) for _ in range(100)])
     yield holds("optimal-d", "D* = p / (p + q) maximises V, and V(D*) = 2 JSD(p, q) - log 4.",
-                *equal((value, 2 * jensen_shannon(p, q) - math.log(4)),
-                       (gradient(lambda D: gan_value(D, p, q), best), 0),
-                       and_also=(others < value).all()))
+                *equal((gan_value(best, p, q), 2 * jensen_shannon(p, q) - math.log(4)),
+                       (gradient(lambda D: gan_value(D, p, q), best), 0)))
     logits, other = normal(6), normal(6)  # the logits of q stand for G's weights
-
     grad_g = lambda logits, p: gradient(  # with the best D
         lambda a: gan_value(p / (p + logits.softmax(0)), p, a.softmax(0)), logits)
     p, trained = other.softmax(0), logits
@@ -1253,10 +1128,6 @@ def best_d():
                   difference == 0 and detached_g is None and whole_g.norm().item() > 0)
 
 
-G_LOSSES = {"minimax: log(1 - D)": lambda a: F.logsigmoid(-a),
-            "non-saturating: -log D": lambda a: -F.logsigmoid(a)}  # of D's logit a on a fake
-
-
 @theme
 def saturation():
     """In the logit a the gradients are -σ(a) and -(1 - σ(a)). One report states -∞ for
@@ -1266,45 +1137,24 @@ def saturation():
     2 (σ - 1) σ (1 - σ), on raw scores 2 (a - 1) (LSGAN, Mao et al. 2017). Maximising σ² is another
     loss, with -2 σ² (1 - σ). 1e-8 in the log makes it -σ (1 - σ) / (σ + 1e-8)."""
     at = lambda a, loss: gradient(loss, double(a)).item()
-    minimax, nonsaturating = (at(-20.0, loss) for loss in G_LOSSES.values())
-    D = 1 / (1 + math.exp(20))
+    minimax, D = lambda a: F.logsigmoid(-a), 1 / (1 + math.exp(20))
+    low, nonsaturating = at(-20.0, minimax), at(-20.0, lambda a: -F.logsigmoid(a))
     yield holds("saturation-low", "As D(G(z)) -> 0 the minimax generator's gradient vanishes, the "
                 "non-saturating one does not.", f"{-D:.0e}, {-(1 - D):.4f}",
-                f"{minimax:.0e}, {nonsaturating:.4f}",
-                abs(minimax + D) < 1e-15 and abs(nonsaturating + 1 - D) < ROUNDING)
-    in_logit = at(20.0, G_LOSSES["minimax: log(1 - D)"])
-    in_output = at(1 / (1 + math.exp(-20)), lambda D: (1 - D).log())
+                f"{low:.0e}, {nonsaturating:.4f}",
+                abs(low + D) < 1e-15 and abs(nonsaturating + 1 - D) < ROUNDING)
+    in_logit, in_output = at(20.0, minimax), at(1 - D, lambda D: (1 - D).log())
     yield refuted("saturation-high", "As D(G(z)) -> 1 the minimax gradient explodes to -∞.", "-∞",
                   f"{in_logit:.4f} in the logit ({in_output:.0e} in D)",
                   abs(in_logit + 1) < 1e-8 and in_output < -1e8)
     sigmoid, raw, square = (at(-10.0, loss) for loss in (
-        lambda a: (torch.sigmoid(a) - 1) ** 2, lambda a: (a - 1) ** 2,
-        lambda a: -torch.sigmoid(a) ** 2))
+        lambda a: (a.sigmoid() - 1) ** 2, lambda a: (a - 1) ** 2, lambda a: -a.sigmoid() ** 2))
     yield holds("mse-sigmoid", "Squared error: G's gradient vanishes on a sigmoid, not on scores.",
                 "-9e-05, -22", f"{sigmoid:.0e}, {raw:g} (-D²: {square:.0e})",
                 -1e-4 < sigmoid < -1e-8 < square < 0 and raw == -22)
     plus = [at(a, lambda a: -(torch.sigmoid(a) + 1e-8).log()) for a in (-10.0, -20.0, -30.0)]
     yield holds("log-plus-eps", "-log(D + 1e-8) saturates again, at the logits -10, -20, -30.",
                 *exactly("-1.00, -0.17, -9e-06", "{:.2f}, {:.2f}, {:.0e}".format(*plus)))
-
-
-@figure("saturation", "Which gradient reaches G?", panels=2)
-def draw_saturation(in_logit, in_output):
-    a = torch.linspace(-6, 6, 200, dtype=torch.float64)
-    D = torch.sigmoid(a)
-    for name, loss in G_LOSSES.items():
-        slope = gradient(lambda a: loss(a).sum(), a)
-        in_logit.plot(D, slope, label=name)
-        in_output.plot(D, slope / (D * (1 - D)), label=name)  # undo the sigmoid's derivative
-    in_logit.set(title="in a: the gradient that reaches G", xlabel="D(G(z))", ylabel="d loss / d a")
-    in_output.set(title="in D: explodes at 0 or 1", xlabel="D(G(z))",
-                  ylabel="d loss / d D", ylim=(-20, 0))
-
-
-def binary_entropy(p):
-    """H(p) = -p log p - (1 - p) log(1 - p), nats; p in [0, 1], and H is 0 at both ends.
-    p and H are numbers. Raises ValueError for a p outside."""
-    return sum(-share * math.log(share) for share in (p, 1 - p) if share)
 
 
 def smoothed_d(p, q, real=0.9, fake=0.0):
@@ -1314,15 +1164,14 @@ def smoothed_d(p, q, real=0.9, fake=0.0):
 
 @theme
 def smoothing():
-    """One report calls the floor "an asymptotic bound"; the log of its training shows 0.3253. The
-    cross-entropy of a label y is H(y) + KL(y ‖ D), and the part of the fakes is >= 0. Why only real
-    labels? With β = 0, D* is only scaled. With β > 0, D* is about β and flat where p is small, so
-    that G's pictures find no way to the data (Salimans et al. 2016): the check takes the derivative
-    of log D* for p = N(0, 1) and q = N(6, 1) at x = 6."""
+    """One report calls the floor "an asymptotic bound"; its log shows 0.3253. The cross-entropy of
+    a label y is H(y) + KL(y ‖ D), the fakes' part is >= 0. Why only real labels? With β = 0, D* is
+    only scaled; with β > 0 it is about β and flat where p is small, so G's pictures find no way to
+    the data (Salimans et al. 2016), as log D* shows for p = N(0, 1), q = N(6, 1) at x = 6."""
     a = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
     lowest = F.binary_cross_entropy_with_logits(a, torch.full_like(a, 0.9), reduction="none").min()
     yield holds("smoothing-floor", "With real label 0.9 D's loss is at least H(0.9) = 0.3251.",
-                *agree(binary_entropy(0.9), lowest.item(), "nats", tolerance=1e-8))
+                *agree(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), lowest.item(), "nats", 1e-8))
     p, q = normal(6).softmax(0), normal(6).softmax(0)
     pairs, at_6 = [], []
     for real, fake in ((0.9, 0.0), (0.9, 0.1)):
@@ -1341,13 +1190,13 @@ def smoothing():
 @theme
 def reading_a_log():
     """One report asks when to stop. Let q = p, so that nothing is left to learn, and D = σ(b). If D
-    drifts from b = 0 to 0.3, Loss_D changes by 2 %, as its gradient is 0, and Loss_G = -log D by
-    20 %, with the same G. For each fake D's loss is -log(1 - D), which makes the curves look like
+    drifts from b = 0 to 0.3, Loss_D changes by 2 %, as its gradient is 0, and Loss_G = -log D by 20
+    %, with the same G. For each fake D's loss is -log(1 - D), which makes the curves look like
     mirror images. At balance Loss_G is log 2 and Loss_D, a sum of two, 2 log 2; above that D is
-    worse than a coin. If it says "real" to all, as b = 2 here, Loss_G is low and Loss_D high,
-    whatever G makes. One report shows the log of double-sigmoid, and one report asks why the losses
-    are constant; the cause is our inference, as all digits agree. D ends in a sigmoid, 1 on reals
-    and 0 on fakes, and the loss applies another. The first lets no gradient through."""
+    worse than a coin. If it says "real" to all, as b = 2 here, Loss_G is low and Loss_D high. One
+    report shows the log of double-sigmoid, and one report asks why the losses are constant; the
+    cause is our inference, as all digits agree. D ends in a sigmoid, 1 on reals and 0 on fakes, and
+    the loss applies another. The first lets no gradient through."""
     losses = lambda b: (F.softplus(-b) + F.softplus(b), F.softplus(-b))  # of D (both parts), of G
     of_d, of_g = (gradient(lambda b: losses(b)[i], double(0.0)).item() for i in range(2))
     (before_d, before), (after_d, after), (high_d, low) = (
@@ -1358,35 +1207,30 @@ def reading_a_log():
                   and abs(after_d / before_d - 1) < 0.02 and (of_d, of_g) == (0, -0.5))
     yield refuted("g-low-d-high", "Ideally G's loss is low and D's loss is high.", "low, high",
                   f"balance: {before:.3f}, {before_d:.3f} (D says real to all: {low:.3f}, "
-                  f"{high_d:.3f})", low < before and high_d > before_d
-                  and abs(before_d - 2 * math.log(2)) < ROUNDING)
+                  f"{high_d:.3f})", low < before and high_d > before_d)
     a = 5 * normal(100)
-    both = (-F.softplus(-a)).exp() + (-F.softplus(a)).exp()
     yield holds("loss-symmetry", "exp(-Loss_G) + exp(-loss of D on the fake) = 1 for each fake.",
-                *equal((both, 1)))
-
+                *equal(((-F.softplus(-a)).exp() + (-F.softplus(a)).exp(), 1)))
     def twice(a):  # a: the logit on reals, -a: on fakes
         real, fake = torch.sigmoid(a), torch.sigmoid(-a)
         return F.softplus(-real) + F.softplus(fake), F.softplus(-fake)
-
     a = double(40.0)
     loss_d, loss_g = (loss.item() for loss in twice(a))
     of_d, of_g = (gradient(lambda a: twice(a)[i], a).item() for i in range(2))
     text = f"{loss_d:.4f}, {loss_g:.4f}"
     yield holds("double-sigmoid", "A sigmoid applied twice and D saturated freeze the log at "
                 "Loss_D 1.0064, Loss_G 0.6931.", "1.0064, 0.6931", f"{text} (gradients {of_d:.0e}, "
-                f"{of_g:.0e})", text == "1.0064, 0.6931" and abs(of_d) + abs(of_g) < 1e-12
-                and abs(loss_d - math.log(1 + math.exp(-1)) - math.log(2)) < ROUNDING)
+                f"{of_g:.0e})", text == "1.0064, 0.6931" and abs(of_d) + abs(of_g) < 1e-12)
 
 
-@figure("fingerprints", "Two constants in the log of a GAN", panels=2)
+@figure("fingerprints", "Two constants in the log of a GAN", 1, 2)
 def draw_fingerprints(smoothing, twice):
     a = torch.linspace(-6, 8, 300, dtype=torch.float64)
     for label in (1.0, 0.9, 0.7):
         loss = F.binary_cross_entropy_with_logits(a, torch.full_like(a, label), reduction="none")
         line, = smoothing.plot(a, loss, label=f"real label {label}")
         if label < 1:
-            smoothing.axhline(binary_entropy(label), color=line.get_color(), linestyle=":")
+            smoothing.axhline(loss.min(), color=line.get_color(), linestyle=":")
     smoothing.set(title="no loss below H(label), dotted", ylim=(0, 2),
                   xlabel="D's logit on a real picture", ylabel="D's loss, nats")
     s = a.clamp(min=0)
@@ -1426,12 +1270,10 @@ def orders_of_play():
     saddle = (all(abs(gan_value(half, p, q) + math.log(4)) < ROUNDING for q in others)
               and all(gan_value(one, p, p) <= -math.log(4) for one in torch.rand(100, 6).double()))
     min_max = min(gan_value(p / (p + q), p, q).item() for q in points)
-    expected = min(2 * jensen_shannon(p, q).item() for q in points) - math.log(4)
     yield holds("maximin-collapse", "For a fixed D, G's best q is all on argmax D: one mode.",
                 f"below {lowest:.3f}, the best of 100", f"{collapsed:.3f} (one picture: min max "
                 f"{min_max:.3f}, max min {-math.log(4):.3f})",
-                collapsed < lowest and saddle and abs(min_max - expected) < ROUNDING
-                and min_max > -math.log(4) + 0.1)
+                collapsed < lowest and saddle and min_max > -math.log(4) + 0.1)
 
 
 def bilinear_step(x, y, eta, k=0, exact=True, alternating=False, r1=0.0):
@@ -1439,9 +1281,8 @@ def bilinear_step(x, y, eta, k=0, exact=True, alternating=False, r1=0.0):
     y looks k steps ahead, to y_k, and x descends on x y_k. exact: the gradient also goes back
     through those steps; otherwise y_k is a constant ("rollback": y is moved, then put back). y's
     own step starts from y and uses the old x, or, if alternating, the new one. r1: weight of the
-    R1 penalty, in y's own step and in those that it looks ahead. Here D's score is linear with
-    slope y, so the penalty is the square of y. x and y are float64 scalar tensors, and so is the
-    pair that is returned, the new x and y, without a graph."""
+    R1 penalty, which is y², as D's score is linear with slope y. x and y are float64 scalar
+    tensors, and so are the two that are returned, the new x and y, without a graph."""
     x = x.detach().requires_grad_()
     y_k = y
     for _ in range(k):
@@ -1452,9 +1293,8 @@ def bilinear_step(x, y, eta, k=0, exact=True, alternating=False, r1=0.0):
 
 def momentum_step(x, y, x_before, y_before, eta, momentum, alternating=True):
     """One step of the game V = x y with the heavy ball: a gradient step with rate eta plus
-    `momentum` times the player's last move, which for x is x - x_before, and for y likewise.
-    x descends and y ascends. y's gradient is the old x or, if alternating, the new one. Takes
-    numbers or scalar tensors. Returns four: the new x, the new y, the old x, the old y."""
+    `momentum` times the player's last move, x - x_before or y - y_before. x descends, y ascends on
+    the old x or, if alternating, the new one. Returns the new x and y, then the old x and y."""
     x_new = x - eta * y + momentum * (x - x_before)
     y_new = y + eta * (x_new if alternating else x) + momentum * (y - y_before)
     return x_new, y_new, x, y
@@ -1469,61 +1309,49 @@ def growth(step, n):
     return torch.linalg.eigvals(matrix).abs().max().item()
 
 
-def bilinear_growth(eta, **kind):
-    """growth() of bilinear_step(x, y, eta, **kind), as a number."""
-    return growth(lambda x, y: bilinear_step(x, y, eta, **kind), 2)
-
-
-def momentum_growth(eta, momentum, alternating=True):
-    """growth() of momentum_step(x, y, x_before, y_before, eta, momentum, alternating): a number."""
-    return growth(lambda *state: momentum_step(*state, eta, momentum, alternating), 4)
-
-
 @theme
 def the_smallest_gan():
     """In V = x y, x is G's weight and y is D's. Unrolling shows x the next k steps of y; rollback
-    is without the gradient through them. For (k + 1/2) η < 1 a step turns the plane, and multiplies
-    the distance to (0, 0) by the root of its determinant. Both at once: 1 + η² (plain),
-    1 - (2k - 1) η² (exact), 1 - (k - 1) η² (rollback). In turn, as in chapter 03: 1 (plain),
-    1 - 2k η², 1 - k η². One report found k >= 2 by experiment, for rollback; it trains in turn, so
-    this game does not explain it. Momentum 0.5, Adam's usual beta1 for a GAN, is enough to lose the
-    game (Gidel et al. 2019, arXiv:1807.04740). One report asks whether R1 would suit an unrolled
-    GAN. Here one can replace the other: both have the determinant 1 - η γ + η² at once and 1 - η γ
-    in turn, γ = 2 k η, and the same trace. R1 (Mescheder et al. 2018) pulls y to 0, unrolling x."""
+    is without the gradient through them. For (k + 1/2) η < 1 a step multiplies the distance to (0,
+    0) by the root of its determinant. Both at once: 1 + η² (plain), 1 - (2k - 1) η² (exact), 1 - (k
+    - 1) η² (rollback). In turn, as in chapter 03: 1 (plain), 1 - 2k η², 1 - k η². One report found
+    k >= 2 for rollback, but it trains in turn: this game does not explain it. Momentum 0.5, Adam's
+    usual beta1 for a GAN, loses the game (Gidel et al. 2019, arXiv:1807.04740). One report asks
+    whether R1 would suit an unrolled GAN. Here one can replace the other: for γ = 2 k η both have
+    the same determinant and trace. R1 (Mescheder et al. 2018) pulls y to 0, unrolling x."""
+    game = lambda **kind: growth(functools.partial(bilinear_step, eta=eta, **kind), 2)
     eta, pairs, works = 0.1, [], {False: [], True: []}
     for in_turn, k in itertools.product((False, True), range(6)):
-        exact, rollback = (bilinear_growth(eta, k=k, exact=how, alternating=in_turn)
-                           for how in (True, False))
+        exact, rollback = (game(k=k, exact=how, alternating=in_turn) for how in (True, False))
         pairs += [(1 - (2 * k - (not in_turn)) * eta ** 2, exact),
                   (1 - (k - (not in_turn)) * eta ** 2, rollback)]
         if rollback < 1 - ROUNDING:
             works[in_turn].append(k)
     roots = all(abs(det ** 0.5 - growth) < ROUNDING for det, growth in pairs)
-    plain, plain_in_turn = (bilinear_growth(eta, alternating=how) for how in (False, True))
+    plain, plain_in_turn = (game(alternating=how) for how in (False, True))
     least = ", ".join(str(min(works[how], default="none")) for how in (False, True))
     yield holds("bilinear-game", "On V = x y rollback unrolling works from k = 2 if both move at "
                 "once, from k = 1 if in turn.", "from k = 2, 1",
                 f"from k = {least} (plain {plain:.4g}, in turn {plain_in_turn:.4g})",
                 roots and works == {False: [2, 3, 4, 5], True: [1, 2, 3, 4, 5]})
-    circle, outwards, inwards = (momentum_growth(0.1, m) for m in (0.0, 0.5, -0.3))
+    circle, outwards, inwards = (growth(functools.partial(
+        momentum_step, eta=eta, momentum=m), 4) for m in (0.0, 0.5, -0.3))
     yield holds("momentum-game", "On V = x y, in turn, momentum 0.5 makes the circle a growing "
                 "spiral, -0.3 a shrinking one.", "1, above 1, below 1", f"{circle:.4f}, "
-                f"{outwards:.4f}, {inwards:.4f}", abs(circle - 1) < 1e-6
-                and outwards > 1.01 and inwards < 0.999)
+                f"{outwards:.4f}, {inwards:.4f}", inwards < 0.999 < circle < 1.001 < outwards)
     pairs = []
     for in_turn, k in itertools.product((False, True), range(1, 6)):
         unrolled, r1 = (torch.stack([torch.stack(bilinear_step(
             *unit, eta, alternating=in_turn, **kind)) for unit in torch.eye(2).double()], dim=1)
             for kind in (dict(k=k), dict(r1=2 * k * eta)))
         determinant = torch.linalg.det(r1)
-        pairs += [(torch.linalg.det(unrolled), determinant), (unrolled.trace(), r1.trace()),
-                  (determinant, 1 - 2 * k * eta ** 2 + (not in_turn) * eta ** 2)]
+        pairs += [(torch.linalg.det(unrolled), determinant), (unrolled.trace(), r1.trace())]
     yield holds("r1-game", "On V = x y R1 of weight 2 k η damps as k exactly unrolled steps do.",
                 *equal(*pairs, note=f"k = 5, in turn: determinant {determinant:.2f}"))
 
 
 @figure("bilinear", "V = x y: x descends, y ascends, η = 0.1, 150 steps from the black dot",
-        panels=8, rows=2, width=3, height=3.6)
+        2, 4, width=3, height=3.6)
 def draw_bilinear(*panels):
     kinds = {"plain": {}, "rollback, k = 1": dict(k=1, exact=False),
              "rollback, k = 2": dict(k=2, exact=False), "exact, k = 1": dict(k=1),
@@ -1543,32 +1371,6 @@ def draw_bilinear(*panels):
                xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xlabel="x", ylabel="y")
 
 
-def wasserstein_1d(x, y):
-    """W1 of two samples of equal size on the line: mean |x_(i) - y_(i)| of the sorted values.
-    x, y: [n]. Raises ValueError for other shapes, and for n = 0."""
-    if x.ndim != 1 or x.shape != y.shape or len(x) == 0:
-        raise ValueError(f"x and y must be [n] both, not {tuple(x.shape)} and {tuple(y.shape)}")
-    return (x.sort().values - y.sort().values).abs().mean()
-
-
-def gradient_penalty(critic, x):
-    """mean (‖∇_x critic(x)‖ - 1)², x [B, ...] (Gulrajani et al. 2017, eq. 3), a scalar tensor.
-    critic: [B, ...] -> [B], each value of its own example; the norm is over all entries of one.
-    create_graph keeps the graph of the gradient, so that the penalty can train the critic."""
-    x = x.detach().requires_grad_()
-    grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
-
-
-def power_iteration(w, n_iter, u):
-    """Largest singular value of w [n, m], from below: uᵀ W v after n_iter >= 1 rounds of
-    v <- Wᵀu / ‖Wᵀu‖, u <- W v / ‖W v‖, from a unit vector u [n] (Miyato et al. 2018, alg. 1)."""
-    for _ in range(n_iter):
-        v = F.normalize(w.T @ u, dim=0)
-        u = F.normalize(w @ v, dim=0)
-    return u @ w @ v
-
-
 @theme
 def critics():
     """js-vs-w1 is why a WGAN has a gradient where a GAN has none (Arjovsky et al. 2017, example 1).
@@ -1579,59 +1381,30 @@ def critics():
     pairs = [(jensen_shannon(cells[0], cells[0]), 0)]
     for d in range(1, 21):
         pairs += [(jensen_shannon(cells[0], cells[d]), math.log(2)),
-                  (wasserstein_1d(torch.zeros(100), torch.full((100,), d)), d)]
+                  ((cells[0] - cells[d]).cumsum(0).abs().sum(), d)]  # W1 on a line
     yield holds("js-vs-w1", "Two parallel lines at distance d: JSD = log 2 for every d ≠ 0, W1 = "
                 "d.", *equal(*pairs))
     x, w = normal(16, 5), normal(5)
-    trains = gradient(lambda w: gradient_penalty(lambda x: x @ w, x), w)
+    penalty = lambda w: ((vmap(jacrev(lambda x: x @ w))(x).norm(dim=1) - 1) ** 2).mean()
     yield holds("gp-linear", "A critic f(x) = w.x has the penalty (‖w‖ - 1)², a zero critic 1.",
-                *equal((gradient_penalty(lambda x: x @ w, x), (w.norm() - 1) ** 2),
-                       (gradient_penalty(lambda x: x @ (0 * w), x), 1),
-                       (trains, 2 * (1 - 1 / w.norm()) * w)))
-    w, u = normal(8, 5), F.normalize(normal(8), dim=0)
-    largest = torch.linalg.svdvals(w)[0].item()
-    sigmas = torch.stack([power_iteration(w, n, u) for n in (1, 2, 4, 8, 2000)])
+                *equal((penalty(w), (w.norm() - 1) ** 2), (penalty(0 * w), 1),
+                       (gradient(penalty, w), 2 * (1 - 1 / w.norm()) * w)))
+    w, u, sigmas = normal(8, 5), F.normalize(normal(8), dim=0), []
+    for _ in range(2000):
+        v = F.normalize(w.T @ u, dim=0)
+        u = F.normalize(w @ v, dim=0)
+        sigmas.append(u @ w @ v)
+    largest, sigmas = torch.linalg.svdvals(w)[0].item(), torch.stack(sigmas)
     rises = (sigmas.diff() > -ROUNDING).all() and (sigmas <= largest + ROUNDING).all()
     yield holds("spectral", "Power iteration converges to the largest singular value from below.",
                 *agree(largest, sigmas[-1].item(), tolerance=1e-6, and_also=rises))
 
 
-@figure("js_w1", "Two parallel lines at distance d")
-def draw_js_w1(ax):
-    d = torch.linspace(-1, 1, 201)
-    ax.plot(d, torch.full_like(d, math.log(2)), "C0", label="JSD: log 2, but 0 at 0; no slope")
-    ax.plot(0, math.log(2), "o", color="C0", markerfacecolor="white")
-    ax.plot(d, d.abs(), "C1", label="W1: slope 1")
-    ax.plot(0, 0, "o", color="C0")
-    ax.set(xlabel="d (its sign: on which side)", ylabel="JSD in nats, W1 in units of d",
-           xticks=[-1, -0.5, 0, 0.5, 1])
-
-
 # --- samples and scores ------------------------------------------------------------------------
 
 TOPICS["samples and scores"] = """Is a sample good, and who says so? A score squeezes many pictures
-    into one number, so it has blind spots. The scores are moments, the MMD (a distance made of a
-    kernel), and the Inception score (IS) and the FID, which look through a classifier. The last
-    claims are about how samples are made."""
-
-
-def moments(z):
-    """Mean, variance and kurtosis (3 for a normal) of each column of z [B, d]: three [d].
-    The variance is the mean of (z - mean)², the kurtosis that of (z - mean)⁴ over variance². A
-    constant column has the variance 0 and the kurtosis nan, also where its mean is rounded and
-    z - mean not 0."""
-    centred = torch.where((z == z[0]).all(dim=0), 0.0, z - z.mean(dim=0))
-    variance = centred.pow(2).mean(dim=0)
-    return z.mean(dim=0), variance, centred.pow(4).mean(dim=0) / variance ** 2
-
-
-def weighted_mmd(x, weights_x, y, weights_y):
-    """MMD² of two weighted point sets on the line, kernel k(a, b) = 1 / (1 + (a - b)²); 0 if equal.
-    x, weights_x [n]; y, weights_y [m]. E k(x, x') + E k(y, y') - 2 E k(x, y), by double sums."""
-    mean = lambda a, weights_a, b, weights_b: (
-        weights_a @ (1 / (1 + (a[:, None] - b) ** 2)) @ weights_b)
-    return (mean(x, weights_x, x, weights_x) + mean(y, weights_y, y, weights_y)
-            - 2 * mean(x, weights_x, y, weights_y))
+    into one number, so it has blind spots. The MMD is a distance made of a kernel; the Inception
+    score (IS) and the FID look through a classifier. The last claims are about making samples."""
 
 
 def inception_score(probs):
@@ -1651,10 +1424,9 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     it negative. Raises ValueError if the shapes do not fit, an entry is not finite, or a covariance
     is not symmetric or has negative eigenvalues, by more than 1e-4 of the largest."""
     mu_a, cov_a, mu_b, cov_b = every = [a.double() for a in (mu_a, cov_a, mu_b, cov_b)]
-    if not (mu_a.shape == mu_b.shape and cov_a.shape == cov_b.shape == (*mu_a.shape, *mu_a.shape)):
-        raise ValueError(f"mu [d], cov [d, d] do not fit: {[tuple(a.shape) for a in every]}")
-    if not all(a.isfinite().all() for a in every):
-        raise ValueError("some entries are not finite")
+    shapes, d = [tuple(a.shape) for a in every], mu_a.numel()
+    if shapes != 2 * [(d,), (d, d)] or not all(a.isfinite().all() for a in every):
+        raise ValueError(f"finite mu [d], cov [d, d] must fit, not {shapes}")
     for cov in (cov_a, cov_b):
         eigenvalues = torch.linalg.eigvalsh(cov)
         if max((cov - cov.T).abs().max(), -eigenvalues[0]) > 1e-4 * eigenvalues.abs().max():
@@ -1670,17 +1442,17 @@ def blind_spots():
     """In one report the loss of a Wasserstein autoencoder (chapter 06) compares z, z² and z⁴ on
     average. A z that is -√3, 0 or √3 with probabilities 1/6, 2/3, 1/6 agrees with N(0, 1) in all
     three; an MMD tells them apart. log IS is the mutual information of picture and class: log K if
-    all answers are sure and all classes equally frequent (Salimans et al. 2016). Covariances
-    commute if they share their eigenvectors, by a rotation here."""
+    all answers are sure and all classes equally frequent (Salimans et al. 2016)."""
     def normal_points(n):  # N(0, 1) as n points, and their weights
         middle = (torch.arange(n, dtype=torch.float64) + 0.5) / n
         return torch.special.ndtri(middle), torch.full_like(middle, 1 / n)
-
+    def mmd(x, p, y, q):  # squared, of weighted points, with the kernel 1 / (1 + (a - b)²)
+        points, weights = torch.cat([x, y]), torch.cat([p, -q])
+        return (weights @ (1 / (1 + (points[:, None] - points) ** 2)) @ weights).item()
     z, probability = double(THREE_POINTS), double(THREE_WEIGHTS)
-    sample = z.repeat_interleave((600 * probability).round().long())  # 100, 400 and 100 times
-    mean, variance, kurtosis = (m.item() for m in moments(sample[:, None]))
-    apart = weighted_mmd(z, probability, *normal_points(2000)).item()
-    same = abs(weighted_mmd(*normal_points(1999), *normal_points(2000)).item())  # normal and normal
+    mean, variance, kurtosis = ((probability @ z ** k).item() for k in (1, 2, 4))
+    apart = mmd(z, probability, *normal_points(2000))
+    same = abs(mmd(*normal_points(1999), *normal_points(2000)))  # normal and normal
     yield refuted("moments-not-gaussian", "Mean 0, variance 1 and kurtosis 3 make a Gaussian.",
                   "MMD² 0", f"moments {abs(mean):.0f}, {variance:.4g}, {kurtosis:.4g}; MMD² "
                   f"{apart:.2g} (normal: {same:.0e})", apart > 100 * same and max(
@@ -1702,31 +1474,16 @@ def blind_spots():
                     (frechet_distance(shift, cov_a, shift, cov_a), 0)))
 
 
-@figure("three_points", "Both: mean 0, variance 1, kurtosis 3")
-def draw_three_points(ax):
-    z = torch.linspace(-4, 4, 200)
-    ax.plot(z, (-z ** 2 / 2).exp() / math.sqrt(2 * math.pi), label="N(0, 1): density")
-    ax.stem(THREE_POINTS, THREE_WEIGHTS, linefmt="C1-", markerfmt="C1o", basefmt=" ",
-            label="three points: probability")
-    ax.set(xlabel="z", ylabel="density, or probability", ylim=(0, 0.8))
-
-
 def truncated_normal_variance(limit):
-    """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit > 0; a number.
-    limit may be inf, which gives 1. For t <= 1 it is computed by a series, because the difference
-    would lose all digits of a small t: 2 Φ(t) - 1 = 2 t φ(t) s with s = 1 + t²/3 + t⁴/(3·5) + ...,
-    so the variance is 1 - 1/s = (s - 1)/s. Raises ValueError for a limit not above 0."""
-    if not limit > 0:
-        raise ValueError(f"nothing lies within ±{limit}")
-    if limit <= 1:
-        term, rest = 1.0, 0.0
-        for odd in range(3, 40, 2):
-            term *= limit ** 2 / odd
-            rest += term
-        return rest / (1 + rest)
-    t = min(limit, 40.0)  # where φ(t) is 0 in float64; inf times 0 would be nan
-    density = math.exp(-t ** 2 / 2) / math.sqrt(2 * math.pi)
-    return 1 - 2 * t * density / math.erf(t / math.sqrt(2))
+    """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit; a number.
+    That difference would lose all digits of a small t. It is also P(3/2, t²/2) / P(1/2, t²/2), with
+    P the incomplete gamma function over the complete one, as E z² is an integral of it. limit: from
+    1e-50 to inf, which gives 1. Raises ValueError for others."""
+    if not limit >= 1e-50:
+        raise ValueError(f"a limit from 1e-50 on, not {limit}")
+    half = double(limit) ** 2 / 2
+    return (torch.special.gammainc(double(1.5), half)
+            / torch.special.gammainc(double(0.5), half)).item()
 
 
 def merge_batch_statistics(counts, means, variances):
@@ -1735,11 +1492,9 @@ def merge_batch_statistics(counts, means, variances):
     Σ n_r (v_r + (m_r - mean)²) / n: the spread inside the parts and that between them (Chan et al.
     1979). Empty parts, whose own mean is nan, do not count. Raises ValueError if all are empty, or
     if the shapes do not fit."""
-    if means.shape != variances.shape or means.ndim != 2 or counts.shape != means.shape[:1]:
-        raise ValueError(f"counts {tuple(counts.shape)}, means {tuple(means.shape)} and variances "
-                         f"{tuple(variances.shape)} do not fit")
-    if not counts.sum() > 0:
-        raise ValueError(f"counts {counts.tolist()}: all parts are empty")
+    shapes = [tuple(a.shape) for a in (counts, means, variances)]
+    if shapes != [shapes[1][:1], shapes[1], shapes[1]] or means.ndim != 2 or not counts.sum() > 0:
+        raise ValueError(f"counts [R], not all 0, and twice [R, C] must fit, not {shapes}")
     means, variances = means[counts > 0], variances[counts > 0]
     share = counts[counts > 0, None].to(means) / counts.sum()
     mean = (share * means).sum(dim=0)
@@ -1750,18 +1505,16 @@ def merge_batch_statistics(counts, means, variances):
 def how_samples_are_made():
     """Brock et al. 2019 truncate for quality, at the cost of diversity; the pictures of chapter 07
     do not get better. In cross-replica-bn a device has a part of the batch, and its own statistics
-    hide how the parts differ. One report states parameter-counts; the layers were chosen to fit. A
-    linear layer has (in + 1) out parameters, a transposed convolution with a k x k kernel
-    in out k² + out."""
-    pairs = []
-    for limit in (0.5, 1.0, 2.0):
-        z = limit * (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-        density = (-z ** 2 / 2).exp()
-        pairs.append((truncated_normal_variance(limit), (density @ z ** 2 / density.sum()).item()))
-    claimed, measured = (", ".join(f"{v:.4f}" for v in side) for side in zip(*pairs))
+    hide how the parts differ. One report states parameter-counts; the layers were chosen to fit."""
+    limits = double([0.5, 1.0, 2.0, math.inf])
+    z = limits[:3, None] * (torch.arange(200_000) + 0.5) / 200_000
+    density = (-z ** 2 / 2).exp()
+    summed = (density * z ** 2).sum(dim=1) / density.sum(dim=1)
+    formula = double([truncated_normal_variance(limit) for limit in limits.tolist()])
+    claimed, measured = (", ".join(f"{v:.4f}" for v in side[:3]) for side in (formula, summed))
     yield holds("truncation", "Truncating z lowers its variance, more so for a lower threshold.",
-                claimed, measured, all(abs(a - b) < ROUNDING for a, b in pairs)
-                and pairs[0][0] < pairs[1][0] < pairs[2][0] < 1)
+                claimed, measured, ((formula[:3] - summed).abs().max() < ROUNDING).item()
+                and (formula.diff() > 0).all().item())
     x = normal(20, 3) + torch.arange(20)[:, None] // 8
     parts = x.split(8)  # of 8, 8 and 4 samples
     mean, variance = merge_batch_statistics(double([8, 8, 4]), *(torch.stack(
@@ -1773,15 +1526,12 @@ def how_samples_are_made():
                 "norm of the joined batch.", *equal(
                     ((x - mean) / (variance + 1e-5).sqrt(), joined),  # 1e-5: torch's default
                     note=f"each alone: {apart:.2f}", and_also=apart > 0.1))
-    G = nn.Sequential(nn.Linear(50, 500), nn.Linear(500, 500), nn.Linear(500, 784),
-                      nn.ConvTranspose2d(16, 16, kernel_size=4, stride=2, padding=1),   # 7 to 14
-                      nn.ConvTranspose2d(16, 8, kernel_size=4, stride=2, padding=1),    # to 28
-                      nn.ConvTranspose2d(8, 1, kernel_size=3, padding=1))
-    D = nn.Sequential(nn.Linear(784, 1024), nn.Linear(1024, 512), nn.Linear(512, 256),
-                      nn.Linear(256, 1))
+    linear = lambda *sizes: [nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
+    up = [nn.ConvTranspose2d(n, m, k) for n, m, k in ((16, 16, 4), (16, 8, 4), (8, 1, 3))]
+    G, D = linear(50, 500, 500, 784) + up, linear(784, 1024, 512, 256, 1)
     yield holds("parameter-counts", "An unrolled GAN's networks (chapter 03) have 675,025 and "
                 "1,460,225 parameters.", *exactly([675_025, 1_460_225], [
-                    sum(p.numel() for p in net.parameters()) for net in (G, D)]))
+                    sum(p.numel() for p in nn.Sequential(*net).parameters()) for net in (G, D)]))
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -1790,19 +1540,18 @@ def run(check, seeds):
     """For each claim of a theme: a row, and for how many of `seeds` the evidence is True.
     The row is the first without evidence, or the first. Each claim starts from the seed, whatever
     the theme has computed before it."""
-    found = {}
+    found, right = {}, lambda row: row.evidence is True
     for seed in seeds:
         torch.manual_seed(seed)
         for row in check():
             found.setdefault(row.name, []).append(row)
             torch.manual_seed(seed)
-    return [(next((row for row in rows if row.evidence is not True), rows[0]),
-             sum(row.evidence is True for row in rows)) for rows in found.values()]
+    return [(min(rows, key=right), sum(map(right, rows))) for rows in found.values()]
 
 
-def reasons(check):
-    """The docstring of a theme, in lines of 80 characters."""
-    return textwrap.fill(" ".join(check.__doc__.split()), 80)
+def paragraph(text):
+    """The text in lines of 80 characters."""
+    return textwrap.fill(" ".join(text.split()), 80)
 
 
 def print_rows(header, rows, widths):
@@ -1813,94 +1562,87 @@ def print_rows(header, rows, widths):
 
 
 def print_results(results, seeds):
-    """The table of what run() returns; the names of the claims without evidence."""
+    """The table of what run() returns for that many seeds; 100 columns wide."""
     print_rows(["claim", "the claim says", "measured", "verdict"], [
         (row.name, row.claimed, row.measured,
-         row.verdict + f": confirmed by {n} of {len(seeds)} seeds" * (n < len(seeds)))
-        for row, n in results], WIDTHS)
-    return [row.name for row, n in results if n < len(seeds)]
+         row.verdict + f": confirmed by {n} of {seeds} seeds" * (n < seeds))
+        for row, n in results], (20, 24, 41, 9))
 
 
 def answer():
-    """What the reader answers: "holds", "refuted", "" to skip, or None to end."""
-    words = dict(h="holds", holds="holds", r="refuted", refuted="refuted", q=None) | {"": ""}
+    """The first letter of "holds" or "refuted", "" to skip, or "q", as at the end of the input."""
     while True:
-        print("holds or refuted? (h/r; q ends)", flush=True)
-        try:
-            return words[input().strip().lower()]
-        except (EOFError, RuntimeError):  # the input has ended, or was closed from the start
-            return None
-        except KeyError:
-            print("h or r; an empty line skips the claim")
+        print("holds or refuted? (h/r; an empty line skips the claim, q ends)", flush=True)
+        line = sys.stdin.readline() if sys.stdin else ""  # None if it was closed from the start
+        text = line.strip().lower() if line else "q"
+        if text in ("h", "holds", "r", "refuted", "", "q"):
+            return text[:1]
 
 
 def predict(names, seed):
     """Asks what becomes of each claim, then checks it with one seed, and counts the hits.
-    The reasons of a theme follow its last claim, so that they give no answer away."""
+    The reasons follow at the end, as those of a theme answer several questions."""
     right, asked = 0, []
     for i, name in enumerate(names, 1):
         claim = CLAIMS[name]
-        print(f"\n{i} of {len(names)}: {name}\n{textwrap.fill(claim.statement, 80)}")
+        print(f"\n{i} of {len(names)}: {name}\n{paragraph(claim.statement)}")
         guess = answer()
-        if guess is None:
-            print()
+        if guess == "q":
             break
         if guess:
+            hit = guess == claim.verdict[0]
+            right += hit
             asked.append(claim.theme)
-            right += guess == claim.verdict
-            print("right" if guess == claim.verdict else "wrong")
-            print_results([r for r in run(claim.theme, [seed]) if r[0].name == name], [seed])
-        if claim.theme in asked and claim.theme not in [CLAIMS[n].theme for n in names[i:]]:
-            print(f"\n{reasons(claim.theme)}")
+            print("right" if hit else "wrong")
+            print_results([found for found in run(claim.theme, [seed]) if found[0].name == name], 1)
+    for check in dict.fromkeys(asked):
+        print(f"\n{paragraph(check.__doc__)}")
     print(f"\nyou were right on {right} of {len(asked)}")
 
 
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__, trains=False)
     g = p.add_argument_group("claims")
-    g.add_argument("--only", nargs="+", metavar="ID",
-                   help="check only these claims and those of their themes, no pictures")
+    g.add_argument("--only", nargs="+", metavar="ID", help="check only the themes of these claims")
     g.add_argument("--predict", action="store_true", help="a quiz: you say first what comes out")
     g.add_argument("--list", action="store_true", help="say what each claim states, check nothing")
     args = common.parse(p, argv, quick={})
-    unknown = [name for name in args.only or [] if name not in CLAIMS]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].replace("_", "-"), CLAIMS, n=1)
-        common.fail(f"no claim is called {unknown[0]!r}: see --list"
-                    + "".join(f"; did you mean {name}?" for name in near))
+    for name in args.only or []:
+        if name not in CLAIMS:
+            near = " or ".join(difflib.get_close_matches(name, CLAIMS))
+            common.fail(f"no claim is called {name!r}: see --list" + f"; did you mean {near}?"
+                        * bool(near))
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    names = [name for name in CLAIMS if name in (args.only or CLAIMS)]
+    names = args.only or list(CLAIMS)
     if args.list:
-        print_rows(["claim", "verdict", "statement"], [
+        return print_rows(["claim", "verdict", "statement"], [
             (name, claim.verdict, claim.statement) for name, claim in CLAIMS.items()], (20, 7, 69))
-        return
     if args.predict:
-        predict(names, args.seed)
-        return
-    seeds, checked, wrong = range(args.seed, args.seed + (1 if args.quick else SEEDS)), 0, []
+        return predict(names, args.seed)
+    seeds, results = range(args.seed, args.seed + (1 if args.quick else SEEDS)), []
     if not args.only:
         common.Run(args)  # makes the folder
-    for name, introduction in TOPICS.items():
-        themes = dict.fromkeys(CLAIMS[n].theme for n in names if CLAIMS[n].topic == name)
+    for topic, introduction in TOPICS.items():
+        themes = dict.fromkeys(CLAIMS[name].theme for name in names if CLAIMS[name].topic == topic)
         if themes:
-            introduction = textwrap.fill(" ".join(introduction.split()), 80)
-            print(f"\n{name}\n{introduction}\n", flush=True)
-            results = [result for check in themes for result in run(check, seeds)]
-            wrong += print_results(results, seeds)
-            checked += len(results)
+            print(f"\n{topic}\n{paragraph(introduction)}\n", flush=True)
+            found = [result for check in themes for result in run(check, seeds)]
+            print_results(found, len(seeds))
+            results += found
         for check in themes if args.only else ():
             stated = [f"{n}: {c.statement}" for n, c in CLAIMS.items() if c.theme is check]
-            print("", *stated, reasons(check), sep="\n")
+            print("", *stated, paragraph(check.__doc__), sep="\n")
     print()
-    for name, how in FIGURES.items() if not args.only else ():
-        common.save_figure(plotted(*how), args.out / f"{name}.png")
+    for name, make in FIGURES.items() if not args.only else ():
+        common.save_figure(make(), args.out / f"{name}.png")
+    wrong = [row.name for row, n in results if n < len(seeds)]
     if wrong:
         common.fail(f"not the expected verdict: {', '.join(wrong)}", status=1)
-    print(f"verdicts as expected: {checked} of {checked}, seeds for each: {len(seeds)}")
+    print(f"verdicts as expected: {len(results)} of {len(results)}, seeds for each: {len(seeds)}")
 
 
 if __name__ == "__main__":

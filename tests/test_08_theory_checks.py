@@ -1,10 +1,11 @@
 """Chapter 08: the functions to paste against oracles that share no code with them, and the claims.
 
-Wrong twins and wrong checks stand at the end: each takes a place in the chapter for one test.
 Rounding: a sum of n products is off by at most n EPS Σ |terms| (Higham 2002, section 3.1), in each
 of the two computations that are compared.
 """
 
+import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -29,8 +30,7 @@ theory = importlib.import_module("08_theory_checks")
 original = SimpleNamespace(**vars(theory))  # for wrong twins that stand in theory and call it
 EPS = torch.finfo(torch.float64).eps
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
-MOMENTA = st.one_of(st.integers(-90, 90).map(lambda m: m / 100),
-                    st.sampled_from([1e-260, -3e-258, 7e-263, 5e-324, 1e-150, -1e-90]))
+MOMENTA = st.floats(-0.9, 0.9) | st.sampled_from([1e-260, -3e-258, 7e-263, 5e-324, 1e-150, -1e-90])
 THEMES = {claim.theme.__name__: claim.theme for claim in theory.CLAIMS.values()}
 SLOW = {"batches", "codes", "never_zeroed", "blind_spots", "critics"}
 REFUTED = {"dropout-place", "embedding-needed", "sigmoid-tanh", "relu-vanish", "relu-linear",
@@ -61,17 +61,10 @@ def confirmed(name):
 
 # --- the table ---------------------------------------------------------------------------------
 
-@about("difference_errors", "picture_error", "linear_elbo")
-@pytest.mark.parametrize("name", [name for name in THEMES if name not in SLOW])
-@given(seeds())
-@settings(max_examples=3)
-def test_a_verdict_does_not_depend_on_the_seed(name, seed):
-    assert [row for row, n in theory.run(THEMES[name], [seed]) if not n] == []
-
-
-@pytest.mark.parametrize("name", sorted(SLOW))
-def test_a_slow_verdict_is_as_expected(name):
-    assert [row for row, n in theory.run(THEMES[name], [123]) if not n] == []
+@pytest.mark.parametrize("name", THEMES)
+def test_a_verdict_does_not_depend_on_the_seed(name):
+    seeds = [123] if name in SLOW else [123, 1234, 12345]
+    assert [row for row, n in theory.run(THEMES[name], seeds) if n < len(seeds)] == []
 
 
 @pytest.mark.parametrize("name", [name for name in THEMES if name not in SLOW])
@@ -87,7 +80,7 @@ def test_60_claims_hold_and_these_25_are_refuted():
     refuted = {name for name, claim in theory.CLAIMS.items() if claim.verdict == "refuted"}
     assert refuted == REFUTED and len(refuted) == 25 and len(theory.CLAIMS) == 60 + 25
     assert "85 claims: 60 hold, 25 are refuted" in " ".join(theory.__doc__.split())
-    assert "Eight figures" in theory.__doc__ and len(theory.FIGURES) == 8
+    assert f"Four figures:\n         {', '.join(theory.FIGURES)}" in theory.__doc__
 
 
 def test_every_theme_says_why_and_every_topic_what_it_is_about():
@@ -109,8 +102,8 @@ def test_what_is_said_of_the_reports_is_what_they_say():
     quoted = {words for one in reasons + statements for words in re.findall('"(.+?)"', one)}
     assert quoted == {"using only one sample or a batch", "or a batch", "decrease", "31/16", "real",
                       "exploding exponentially", "an asymptotic bound"}
-    assert "where N(I) is the network's answer to image I" in " ".join(reasons)
-    assert "each class k but the label" in " ".join(reasons) and "1e14 times" in " ".join(reasons)
+    for words in ("where N(I) is the network's answer to image I", "each class k but the label"):
+        assert words in " ".join(reasons)
     said = " ".join(s for one in reasons for s in re.split(r"(?<=[.?]) ", one) if "report" in s)
     for name in ("fid-gaussians", "iou-dice", "gd-memory", "numeric-grad", "sigmoid-tanh",
                  "residual-filters", "loss-tells-which", "FID", "IoU"):
@@ -161,26 +154,22 @@ def test_a_claim_starts_from_the_seed_whatever_stands_before_it():
 def test_a_check_that_meets_nan_confirms_nothing(source, monkeypatch):
     """Of these functions nearly every check takes its numbers; linear algebra may refuse nan."""
     right, met, seen = getattr(theory, source), [], 0
-
-    def poisoned(value):
-        return tuple(map(poisoned, value)) if isinstance(value, tuple) else math.nan * value
+    poison = lambda value: (tuple(map(poison, value)) if isinstance(value, tuple)
+                            else math.nan * value)
 
     def wrong(*args):
         met.append(args)
-        return poisoned(right(*args))
+        return poison(right(*args))
 
     monkeypatch.setattr(theory, source, wrong)
-    for name, check in THEMES.items():
-        if name in SLOW:
-            continue
+    for name in THEMES.keys() - SLOW:
         torch.manual_seed(0)
-        try:
-            for row in check():
+        with contextlib.suppress(RuntimeError, ValueError):
+            for row in THEMES[name]():
                 assert not met or row.evidence is not True, row
                 seen += bool(met)
                 met.clear()
-        except (RuntimeError, ValueError):
-            met.clear()
+        met.clear()
     assert seen >= 5
 
 
@@ -215,8 +204,7 @@ def test_receptive_field_is_what_moves_the_output(layers):
     n = size + 4 * stride + 2 * padding
     outputs = torch.eye(n, dtype=torch.float64)[:, None]  # one bump in each row
     for kernel, s, p, d in layers:
-        outputs = F.avg_pool1d(F.pad(outputs, (p, p)), kernel, s) if d == 1 else F.conv1d(
-            outputs, torch.ones(1, 1, kernel).double(), stride=s, padding=p, dilation=d)
+        outputs = F.conv1d(outputs, torch.ones(1, 1, kernel).double(), None, s, p, d)
     for j in range(outputs.shape[2]):
         moved = outputs[:, 0, j].nonzero()
         first, last = j * stride - padding, j * stride - padding + size - 1
@@ -248,16 +236,11 @@ def test_transposed_coverage_is_torchs(layers, n):
     assert theory.transposed_coverage(layers, n).tolist() == x[0, 0].tolist()
 
 
-@about("transposed_coverage", "covered", edge=True)
-def test_a_deep_generator_without_gaps_has_none():
-    """Up to 4^40 paths lead to a pixel, far more than an int64 can count."""
-    assert theory.covered(40 * [(4, 1, 0)]).all()
-    assert (theory.transposed_coverage(40 * [(4, 1, 0)]) >= 1).all()
-
-
 @about("covered")
-def test_a_generator_of_the_report_leaves_out_what_the_picture_shows():
-    """Odd rows and columns: 10 of 21, 100 of 441 pixels."""
+def test_generators_reach_what_the_picture_shows():
+    """The report's: odd rows and columns, 100 of 441 pixels. A deep one: up to 4^40 paths lead to a
+    pixel, far more than an int64 can count."""
+    assert theory.covered(40 * [(4, 1, 0)]).all()
     reached = theory.covered(theory.REPORT_G)
     assert reached.shape == (21, 21) and reached.sum() == 100 and reached[1::2, 1::2].all()
     fixed = theory.covered(theory.FIXED_G)
@@ -293,16 +276,12 @@ def test_layer_lists_are_torchvisions_networks():
 @st.composite
 def convolutions(draw):
     """Sizes of a convolution: 1x1 to 4x3 kernels, stride up to 4 (over the kernel's size), padding,
-    dilation, groups, not square; numbers or pairs."""
-    groups = draw(st.integers(1, 3))
-    out_per_group, in_per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dilation, groups, not square."""
+    groups, out_per_group, in_per_group = (draw(st.integers(1, 3)) for _ in range(3))
     kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 3)))
-    number_or_pair = lambda low, high: st.one_of(
-        st.integers(low, high), st.tuples(st.integers(low, high), st.integers(low, high)))
-    stride, padding, dilation = (draw(number_or_pair(*r)) for r in ((1, 4), (0, 3), (1, 3)))
-    d = (dilation, dilation) if isinstance(dilation, int) else dilation
-    height, width = (max(1, d[i] * (kernel[i] - 1) + 1 + draw(st.integers(0, 5)))
-                     for i in range(2))
+    stride, padding, dilation = (draw(st.tuples(values, values)) for values in (
+        st.integers(1, 4), st.integers(0, 3), st.integers(1, 3)))
+    height, width = (d * (k - 1) + 1 + draw(st.integers(0, 5)) for d, k in zip(dilation, kernel))
     shapes = ((draw(st.integers(1, 3)), groups * in_per_group, height, width),
               (groups * out_per_group, in_per_group, *kernel))
     return shapes, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
@@ -314,13 +293,16 @@ def by_autograd(x, w, g, kind):
 
 
 @about("conv2d_grad_input", "conv2d_grad_weight")
-@given(convolutions(), seeds())
+@given(convolutions(), seeds(), st.booleans())
 @settings(max_examples=max(200, settings().max_examples))
-def test_convolution_gradients_are_autograds(case, seed):
-    """The bound is the same sum over absolute values, times 2 n EPS; n = its number of terms."""
+def test_convolution_gradients_are_autograds(case, seed, turned):
+    """The bound is the same sum over absolute values, times 2 n EPS; n = its number of terms.
+    turned: the tensors lie in memory column by column."""
     (x_shape, w_shape), kind = case
     x, w = normal(seed, *x_shape), normal(seed + 1, *w_shape)
     g = normal(seed + 2, *F.conv2d(x, w, **kind).shape)
+    if turned:
+        x, w, g = (a.transpose(2, 3).contiguous().transpose(2, 3) for a in (x, w, g))
     got = (theory.conv2d_grad_input(x_shape, w, g, **kind),
            theory.conv2d_grad_weight(x, w_shape, g, **kind))
     terms = w[:, 0].numel(), g[:, 0].numel()
@@ -341,24 +323,10 @@ def test_convolution_gradients_are_autograds(case, seed):
     ((1, 1, 5, 5), (1, 1, 3, 3), (1, 1, 3, 3), dict(dilation=2))])
 def test_convolution_gradients_of_sizes_that_do_not_fit_are_refused(x, w, y, kind):
     """Such as no convolution has: a y of another side, batch, or channels, another x or groups."""
-    with pytest.raises(ValueError):
-        theory.conv2d_grad_input(x, torch.ones(w), torch.ones(y), **kind)
-    with pytest.raises(ValueError):
-        theory.conv2d_grad_weight(torch.ones(x), w, torch.ones(y), **kind)
-
-
-@about("conv2d_grad_input", "conv2d_grad_weight", edge=True)
-@given(convolutions(), seeds())
-def test_it_does_not_matter_how_the_tensors_of_a_convolution_lie_in_memory(case, seed):
-    (x_shape, w_shape), kind = case
-    x, w = normal(seed, *x_shape), normal(seed + 1, *w_shape)
-    g = normal(seed + 2, *F.conv2d(x, w, **kind).shape)
-    turned = [a.transpose(2, 3).contiguous().transpose(2, 3) for a in (x, w, g)]
-    grads = [(theory.conv2d_grad_input(x_shape, w, g, **kind),
-              theory.conv2d_grad_weight(x, w_shape, g, **kind))
-             for x, w, g in ((x, w, g), turned)]
-    # the same few hundred terms in another order
-    assert_close(*grads, rtol=0, atol=1e4 * EPS)
+    for f, *sizes in ((theory.conv2d_grad_input, x, torch.ones(w)),
+                      (theory.conv2d_grad_weight, torch.ones(x), w)):
+        with pytest.raises((ValueError, RuntimeError)):
+            f(*sizes, torch.ones(y), **kind)
 
 
 # --- the other layers --------------------------------------------------------------------------
@@ -409,7 +377,6 @@ def test_average_precision_is_an_integral(hits, missed):
 @about("mlp_grads", "mlp_loss")
 @given(seeds(), st.tuples(*4 * [st.integers(1, 6)]), st.floats(0, 2))
 def test_mlp_gradients_are_autograds(seed, sizes, lam):
-    """Forward errors n EPS Σ |terms| go through the sigmoid (less) and back through |W|."""
     b, d, h, k = sizes
     x, y = normal(seed, b, d), torch.rand(b, k, generator=generator(seed), dtype=torch.float64)
     w1, b1, w2, b2 = (normal(seed + i, *s) for i, s in enumerate(((h, d), (h,), (k, h), (k,)), 1))
@@ -424,16 +391,11 @@ def test_mlp_gradients_are_autograds(seed, sizes, lam):
     with torch.no_grad():
         assert_close(theory.mlp_loss(x, y, w1, b1, w2, b2, lam), loss.detach(),
                      rtol=8 * (b * k + d * h) * EPS, atol=0)
-        size_a1 = x.abs() @ w1.abs().T + b1.abs()
-        d_a2 = 1 + size_a1 @ w2.abs().T + b2.abs()  # in units of EPS n / (B K), at most
-        d_a1 = d_a2 @ w2.abs()
-        bounds = {"x": d_a1 @ w1.abs(), "W1": d_a1.T @ x.abs() + b * k * lam * w1.abs(),
-                  "b1": d_a1.sum(0), "W2": d_a2.T @ size_a1 + b * k * lam * w2.abs(),
-                  "b2": d_a2.sum(0)}
+        size = 1 + sum(leaf.abs().sum() for leaf in leaves.values())  # bounds every factor
         got = theory.mlp_grads(x, y, w1, b1, w2, b2, lam)
         assert got.keys() == exact.keys()
         for name in exact:
-            close(got[name], exact[name], 4 * (b + d + h + k) * EPS * bounds[name] / (b * k))
+            close(got[name], exact[name], (b + d + h + k) * EPS * size ** 2)
 
 
 @about("numeric_grad")
@@ -461,12 +423,6 @@ def test_numeric_gradient_takes_tensors_however_they_lie_in_memory(seed, how):
     close(got, x.detach().cos(), 1e-11 + 4 * EPS * x.numel() / 6e-6)
 
 
-def test_momentum_takes_a_little_more_steps_than_its_formula_says():
-    """√κ / 2 log(1/ε) is 218."""
-    expected = 1000 ** 0.5 / 2 * math.log(1e6)
-    assert result("newton-ravine")[0].measured.startswith(f"momentum {round(expected) + 103}, ")
-
-
 @about("rnn")
 @given(seeds(), st.integers(2, 6), st.integers(1, 6), st.integers(1, 4))
 def test_truncation_cuts_the_gradient_and_only_the_gradient(seed, t, s, h):
@@ -485,8 +441,6 @@ def test_truncation_cuts_the_gradient_and_only_the_gradient(seed, t, s, h):
     (exact,), (cut,) = (torch.autograd.grad(out.sum(), x) for out in (last, got))
     close(cut, exact, 10 * bound * (1 + w_x.abs().sum()))
     assert (cut[:-s] == 0).all()
-    if s < t:
-        assert (torch.autograd.grad(theory.rnn(x, w_x, w_h).sum(), x)[0][:-s] != 0).any()
 
 
 @about("ridge")
@@ -626,26 +580,6 @@ def test_gradients_are_finite_where_a_probability_is_0_or_1(seed, n, m):
         close(a, b, 100 * EPS * (1 + b.abs()))
 
 
-@about("binary_entropy")
-def test_entropy_of_a_sure_answer_is_0():
-    assert theory.binary_entropy(0.0) == theory.binary_entropy(1.0) == theory.binary_entropy(1) == 0
-
-
-@about("smoothed_d")
-def test_a_fake_label_above_0_makes_d_flat_where_p_is_small_and_0_does_not():
-    """p = N(0, 1), q = N(6, 1) at x = 6, by central differences: log D* falls by 6 a unit, or not;
-    where p is exactly 0 both are flat."""
-    def log_d(x, fake):
-        p, q = (torch.tensor(math.exp(-(x - mean) ** 2 / 2), dtype=torch.float64)
-                for mean in (0, 6))
-        return theory.smoothed_d(p, q, 0.9, fake).log().item()
-
-    one, two = ((log_d(6.001, fake) - log_d(5.999, fake)) / 0.002 for fake in (0.0, 0.1))
-    assert abs(one + 6) < 1e-4 and -1e-6 < two < -5e-7
-    p, q = torch.zeros(2).double(), normal(0, 2).softmax(0)
-    assert all((theory.smoothed_d(p, q, 0.9, fake) == fake).all() for fake in (0.0, 0.1))
-
-
 @about("smoothed_d")
 @given(seeds(), st.floats(0, 1), st.floats(0, 1))
 def test_smoothed_d_is_the_best(seed, real, fake):
@@ -667,7 +601,7 @@ def bilinear_map(eta, k=0, exact=True, alternating=False, r1=0.0):
     return np.array([x_row, eta * (x_row if alternating else np.array([1, 0])) + [0, c]])
 
 
-@about("bilinear_step", "bilinear_growth", "growth")
+@about("bilinear_step", "growth")
 @given(seeds(), st.floats(0.001, 3), st.integers(0, 8), st.booleans(), st.booleans(),
        st.floats(0, 0.6))
 def test_steps_of_the_bilinear_game_are_those_written_out(seed, eta, k, exact, alternating, r1):
@@ -679,7 +613,8 @@ def test_steps_of_the_bilinear_game_are_those_written_out(seed, eta, k, exact, a
           20 * EPS * size)
     expected = float(np.abs(np.linalg.eigvals(by_hand)).max())
     # where two eigenvalues meet, half of the digits are lost
-    assert_close(theory.bilinear_growth(eta, **kind), expected, rtol=1e-6, atol=0)
+    growth = theory.growth(functools.partial(theory.bilinear_step, eta=eta, **kind), 2)
+    assert_close(growth, expected, rtol=1e-6, atol=0)
 
 
 @about("bilinear_step")
@@ -697,31 +632,22 @@ def test_r1_of_weight_2_k_eta_damps_as_k_unrolled_steps(seed, eta, k, alternatin
         close(sum(a * torch.stack(z) for a, z in zip(polynomial, path[::-1])), 0, rounding)
 
 
-def trajectory(eta, momentum, alternating, n):
-    """The game's points in n steps from (1, 0), in Python's floats and by velocities, v <- m v +
-    gradient step, which start at 0."""
-    (x, y), v_x, v_y = (1.0, 0.0), 0.0, 0.0
-    path = [(x, y)]
-    for _ in range(n):
-        v_x = momentum * v_x - eta * y
-        v_y = momentum * v_y + eta * (x + v_x if alternating else x)
-        x, y = x + v_x, y + v_y
-        path.append((x, y))
-    return path
-
-
 @about("momentum_step")
 @given(st.floats(0.01, 1), MOMENTA, st.booleans())
 def test_momentum_moves_by_velocities(eta, momentum, alternating):
-    """Rounding grows less than 7 times a step: 1 + η + 2 |m| for x, and that again for y."""
-    path = torch.tensor(trajectory(eta, momentum, alternating, 8), dtype=torch.float64)
-    state = [*path[0], *path[0]]
+    """v <- m v + gradient step, from rest. Rounding grows less than 7 times a step: 1 + η + 2 |m|
+    for x, and that again for y."""
+    x, y, v_x, v_y, state = 1.0, 0.0, 0.0, 0.0, [1.0, 0.0, 1.0, 0.0]
     for n in range(1, 9):
-        state = theory.momentum_step(*state, eta, momentum, alternating)
-        close(torch.stack(state), torch.cat([path[n], path[n - 1]]), 10 * EPS * 7 ** n)
+        before = x, y
+        v_x = momentum * v_x - eta * y
+        v_y = momentum * v_y + eta * (x + v_x if alternating else x)
+        x, y = x + v_x, y + v_y
+        state = theory.momentum_step(*state, eta=eta, momentum=momentum, alternating=alternating)
+        close(state, [x, y, *before], 10 * EPS * 7 ** n)
 
 
-@about("momentum_growth", "momentum_step", "growth")
+@about("momentum_step", "growth")
 @given(st.floats(0.01, 1), MOMENTA, st.booleans())
 def test_growth_with_momentum_is_the_largest_root(eta, momentum, alternating):
     """For x_n = X λ^n and y_n = Y λ^n the steps say: (λ - 1)(λ - m) X = -η λ Y, and
@@ -732,117 +658,19 @@ def test_growth_with_momentum_is_the_largest_root(eta, momentum, alternating):
     polynomial[1 if alternating else 2] += eta ** 2
     largest = float(np.abs(np.roots(polynomial)).max())
     # where two roots meet, as the 0s of m = 0 do, half of the digits are lost
-    assert_close(theory.momentum_growth(eta, momentum, alternating), largest, rtol=1e-6, atol=0)
-
-
-@about("momentum_growth", "momentum_step", "growth")
-@given(st.floats(0.05, 0.5), MOMENTA, st.booleans())
-def test_growth_with_momentum_is_that_of_a_trajectory(eta, momentum, alternating):
-    """From step 500 to 1000. The points go round an ellipse whose axes differ less than 12 times:
-    the 500th root of that is within 5e-3 of 1."""
-    path = trajectory(eta, momentum, alternating, 1000)
-    measured = (math.hypot(*path[1000]) / math.hypot(*path[500])) ** (1 / 500)
-    assert_close(theory.momentum_growth(eta, momentum, alternating), measured, rtol=5e-3, atol=0)
-
-
-@about("wasserstein_1d")
-@given(seeds(), st.integers(1, 5))
-def test_sorting_is_the_cheapest_of_all_matchings(seed, n):
-    x, y = normal(seed, 2, n)
-    cheapest = min((x - y[list(order)]).abs().mean() for order in itertools.permutations(range(n)))
-    close(theory.wasserstein_1d(x, y), cheapest, 4 * n * EPS * (x.abs() + y.abs()).max())
-
-
-@about("gradient_penalty")
-@given(seeds(), st.integers(1, 4), st.integers(1, 5))
-def test_gradient_penalty_of_a_quadratic_critic(seed, b, d):
-    """f(x) = xᵀA x / 2 with symmetric A has the gradient A x."""
-    x, a = normal(seed, b, d), normal(seed + 1, d, d)
-    a = a + a.T
-    expected = sum((math.dist(a @ one, torch.zeros(d)) - 1) ** 2 for one in x) / b
-    size = ((x.abs() @ a.abs()).norm(dim=1) + 1).max() ** 2
-    close(theory.gradient_penalty(lambda x: ((x @ a) * x).sum(1) / 2, x), expected,
-          20 * (b + d) * EPS * size)
-    pictures = x[..., None, None].expand(b, d, 2, 3)  # 6 equal pixels, of each the gradient w
-    w = a[0]
-    close(theory.gradient_penalty(lambda x: x.sum(dim=(2, 3)) @ w, pictures),
-          (6 ** 0.5 * w.norm() - 1) ** 2, 20 * (b + d) * EPS * (1 + 6 * w @ w))
-
-
-@about("gradient_penalty")
-@given(seeds(), st.integers(1, 4), st.integers(1, 5))
-def test_gradient_penalty_trains_the_critic(seed, b, d):
-    """f(x) = |x|²/2 + w.x has the gradient x + w: the penalty's in w is the mean of
-    2 (1 - 1/|x + w|)(x + w). It divides by |x + w|, whose rounding is that of |x| + |w|."""
-    x, w = normal(seed, b, d), normal(seed + 1, d).requires_grad_()
-    value = theory.gradient_penalty(lambda x: (x ** 2).sum(1) / 2 + x @ w, x)
-    assert value.requires_grad, "no graph leads back to the critic"
-    got, = torch.autograd.grad(value, w)
-    slope = (x + w).detach()
-    size = slope.norm(dim=1, keepdim=True)
-    rounding = 20 * (b + d) * EPS * (1 + (x.norm(dim=1) + w.norm()).max()) * (1 + 1 / size.min())
-    close(got, (2 * (1 - 1 / size) * slope).mean(0), rounding.detach())
-
-
-@about("power_iteration")
-@given(seeds(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50))
-def test_power_iteration_stays_below_the_largest_singular_value(seed, rows, columns, n_iter):
-    w, u = normal(seed, rows, columns), F.normalize(normal(seed + 1, rows), dim=0)
-    largest = torch.linalg.svdvals(w)[0]
-    sigma = [theory.power_iteration(w, n, u) for n in (n_iter, n_iter + 1)]
-    rounding = 20 * (rows + columns) * EPS * largest
-    assert sigma[0] <= sigma[1] + rounding <= largest + 2 * rounding
+    assert_close(theory.growth(functools.partial(
+        theory.momentum_step, eta=eta, momentum=momentum, alternating=alternating), 4), largest,
+                 rtol=1e-6, atol=0)
 
 
 # --- samples and scores ------------------------------------------------------------------------
-
-@about("moments", edge=True)
-@given(seeds(), st.integers(2, 300), st.sampled_from([0.1, 1e-3, 777.7, -5.3]),
-       st.sampled_from([torch.float32, torch.float64]))
-def test_a_constant_column_has_no_variance_and_no_kurtosis(seed, n, value, dtype):
-    """The mean of 300 copies of 0.1 may be another number, and that must not be a variance."""
-    z = normal(seed, n, 2).to(dtype)
-    z[:, 0] = value
-    _, variance, kurtosis = theory.moments(z)
-    assert variance[0] == 0 and kurtosis[0].isnan() and kurtosis[1].isfinite()
-
-
-@about("moments")
-@given(seeds(), st.integers(2, 30), st.floats(0.1, 5), st.floats(-3, 3))
-def test_moments_are_numpys_and_follow_scale_and_shift(seed, n, scale, shift):
-    """mean -> s mean + c, variance -> s² variance, kurtosis stays."""
-    z = normal(seed, n, 1)
-    moved = theory.moments(scale * z + shift)
-    by_numpy = z.numpy()
-    mean, variance = by_numpy.mean(), by_numpy.var()
-    kurtosis = ((by_numpy - mean) ** 4).mean() / variance ** 2
-    # centring loses (1 + |shift| / spread) digits' worth, and the fourth power four times that
-    bound = 100 * n * EPS * (1 + (abs(shift) + 1) / scale / variance ** 0.5) ** 2
-    close(moved[0], scale * mean + shift, bound * (scale + abs(shift)))
-    close(moved[1], scale ** 2 * variance, bound * scale ** 2 * (1 + variance))
-    close(moved[2], kurtosis, bound * kurtosis)
-
-
-@about("weighted_mmd")
-@given(seeds(), st.integers(1, 6), st.integers(1, 6))
-def test_mmd_is_the_double_sum(seed, n, m):
-    x, y = normal(seed, n), normal(seed + 1, m)
-    u, v = normal(seed + 2, n).softmax(0), normal(seed + 3, m).softmax(0)
-    points, weights = [*x.tolist(), *y.tolist()], [*u.tolist(), *(-v).tolist()]
-    expected = sum(a * b / (1 + (p - q) ** 2) for (p, a), (q, b)
-                   in itertools.product(zip(points, weights), repeat=2))
-    close(theory.weighted_mmd(x, u, y, v), expected, 8 * (n + m) ** 2 * EPS)
-    close(theory.weighted_mmd(x, u, x, u), 0, 8 * (n + m) ** 2 * EPS)
-
 
 @about("inception_score", edge=True)
 @given(seeds(), st.integers(1, 6), st.integers(2, 5))
 def test_inception_score_has_finite_gradients_for_sure_answers(seed, n, k):
     sure = F.one_hot(torch.randint(k, (n,), generator=generator(seed)), k).double()
-    assert original.gradient(theory.inception_score, sure).isfinite().all()
-    logits = 1000 * sure
-    assert original.gradient(
-        lambda a: theory.inception_score(a.softmax(1)), logits).isfinite().all()
+    for f in (theory.inception_score, lambda a: theory.inception_score((1000 * a).softmax(1))):
+        assert original.gradient(f, sure).isfinite().all()
 
 
 @about("inception_score")
@@ -870,9 +698,6 @@ def test_frechet_distance_of_any_two_gaussians(seed, d):
     bound = 100 * d * EPS * torch.linalg.cond(a) * torch.linalg.cond(b) * (1 + expected + a.trace())
     close(theory.frechet_distance(mu_a, a, mu_b, b), expected, bound)
     close(theory.frechet_distance(mu_b, b, mu_a, a), expected, bound)
-    turn = torch.linalg.qr(normal(seed + 1, d, d))[0]
-    close(theory.frechet_distance(turn @ mu_a, turn @ a @ turn.T, turn @ mu_b, turn @ b @ turn.T),
-          expected, bound)
 
 
 @about("frechet_distance", edge=True)
@@ -892,22 +717,14 @@ def test_equal_gaussians_are_0_apart_in_every_dtype(seed, d, dtype):
 
 
 @about("truncated_normal_variance")
-@given(st.floats(0.05, 8))
+@given(st.floats(1e-50, 1) | st.floats(0.05, 8))
 def test_truncated_variance_is_the_integral(limit):
-    """Oracle: Gauss-Legendre with 100 nodes, exact to rounding for limits up to 8; values in [0, 1]
-    come from 1 - (a number below 1), so they carry a few EPS absolutely."""
+    """Oracle: Gauss-Legendre with 100 nodes, exact to rounding for limits up to 8. Near 0 it is
+    limit² / 3, that of a uniform one. A power as exp(a log x) loses 1.5 |log limit²| EPS."""
     density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
-    expected = (density * (limit * NODES) ** 2).sum() / density.sum()
-    close(theory.truncated_normal_variance(limit), expected, 100 * EPS)
-
-
-@about("truncated_normal_variance", edge=True)
-@given(st.floats(1e-150, 1))
-def test_truncated_variance_of_small_limits_keeps_its_digits(limit):
-    """The same integral by a relative bound: near limit² / 3, that of a uniform one."""
-    density = WEIGHTS * np.exp(-(limit * NODES) ** 2 / 2)
-    expected = limit ** 2 * ((density * NODES ** 2).sum() / density.sum())
-    assert_close(theory.truncated_normal_variance(limit), float(expected), rtol=100 * EPS, atol=0)
+    expected = limit ** 2 * float((density * NODES ** 2).sum() / density.sum())
+    assert_close(theory.truncated_normal_variance(limit), expected,
+                 rtol=(100 + 3 * abs(math.log(limit))) * EPS, atol=0)
 
 
 @about("truncated_normal_variance", edge=True)
@@ -953,10 +770,8 @@ REFUSED = [
     ("self_attention", *zeros((2, 4, 3), (3, 3), (3, 3), (3, 3))),
     ("coupling_log_prob", torch.zeros(1, 2), [(torch.tensor([0.5, 1]), abs, abs)]),
     *[("inception_score", probs) for probs in (torch.zeros(3, 2), torch.eye(2) * 2 - 0.5)],
-    ("binary_entropy", -0.1), ("binary_entropy", 1.1),
     ("jensen_shannon", *zeros(3, 1)), ("jensen_shannon", *zeros(3, (3, 1))),
     *[("gan_value", *zeros(*sizes)) for sizes in ((3, 3, 1), (3, 1, 1), (3, 3, (3, 1)))],
-    *[("wasserstein_1d", *zeros(x, y)) for x, y in (((3, 1), (3, 1)), (3, 1), (3, (3, 1)), (0, 0))],
     *[("frechet_distance", *both) for mu, cov in zip(zeros(1, 2, (2, 1), 2),
                                                      zeros((2, 2), (1, 2), (2, 2), 2))
       for both in ((MU, COV, mu, cov), (mu, cov, MU, COV))],
@@ -965,7 +780,7 @@ REFUSED = [
     *[("frechet_distance", MU, *covs, MU, *others) for bad in (
         torch.tensor([[1, 0.5], [0, 1]]), torch.tensor([[1, 2.0], [2, 1]]), -torch.eye(2))
       for covs, others in (([bad], [torch.eye(2)]), ([torch.eye(2)], [bad]))],
-    *[("truncated_normal_variance", limit) for limit in (0.0, -1.0, -math.inf, math.nan)],
+    *[("truncated_normal_variance", limit) for limit in (0.0, -1.0, 1e-80, -math.inf, math.nan)],
     ("merge_batch_statistics", *zeros(2, (2, 3), (2, 3))),  # all parts are empty
     *[("merge_batch_statistics", torch.ones(n), *zeros(*shapes)) for n, *shapes in (
         (3, (2, 3), (2, 3)), (2, 2, 2), (2, (2, 3), (2, 1)))]]
@@ -986,11 +801,6 @@ def mlp_without_a_sigmoid(x, y, w1, b1, w2, b2, lam):
     return original.mlp_grads(x, y + a2.sigmoid() - a2, w1, b1, w2, b2, lam)
 
 
-def mlp_wrong_regulariser(x, y, w1, b1, w2, b2, lam):
-    grads = original.mlp_grads(x, y, w1, b1, w2, b2, 0)
-    return {**grads, "W1": grads["W1"] + lam * w1.norm(), "W2": grads["W2"] + lam * w2.norm()}
-
-
 CONVOLUTION = ((2, 2, 7, 7), (3, 2, 3, 3)), dict(stride=1, padding=0, dilation=2, groups=1)
 WRONG = [  # a property, one case of it, a claim, the function of both, what must not take its place
     (test_receptive_field_is_what_moves_the_output, [[(3, 2, 1, 1), (3, 2, 1, 1)]],
@@ -1003,14 +813,14 @@ WRONG = [  # a property, one case of it, a claim, the function of both, what mus
      "transposed-coverage", "transposed_coverage",  # without gaps, without paddings
      lambda net, n=1: original.transposed_coverage([(max(k, s), s, p) for k, s, p in net], n),
      lambda net, n=1: original.transposed_coverage([(k, s, 0) for k, s, _ in net], n)),
-    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0],
+    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0, True],
      "conv-grad-input", "conv2d_grad_input",
      lambda x, w, g, **kind: original.conv2d_grad_input(x, w.flip(2, 3), g, **kind),  # not turned
      lambda x, w, g, **kind: original.conv2d_grad_input(x, w, g / len(g), **kind)),  # batch mean
-    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0], None, "conv2d_grad_input",
+    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0, True], None, "conv2d_grad_input",
      lambda x, w, g, **kind: F.pad(  # without dilation
          original.conv2d_grad_input((*x[:2], 5, 5), w, g), (0, 2, 0, 2))),
-    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0],
+    (test_convolution_gradients_are_autograds, [CONVOLUTION, 0, True],
      "conv-grad-weight", "conv2d_grad_weight",
      lambda x, w, g, **kind: original.conv2d_grad_weight(x, w, g, **kind).flip(2, 3),
      lambda x, w, g, **kind: original.conv2d_grad_weight(x, w, g / len(g), **kind)),
@@ -1023,7 +833,8 @@ WRONG = [  # a property, one case of it, a claim, the function of both, what mus
      lambda hits, n: original.average_precision(hits, max(1, sum(hits))),
      lambda hits, n: np.mean(np.cumsum([*map(float, hits)]) / np.arange(1, len(hits) + 1))),
     (test_mlp_gradients_are_autograds, [0, (4, 3, 5, 3), 0.5],
-     "mlp-backprop", "mlp_grads", mlp_without_a_sigmoid, mlp_wrong_regulariser,
+     "mlp-backprop", "mlp_grads", mlp_without_a_sigmoid,
+     lambda *p, lam=0.5: original.mlp_grads(*p[:6], lam=lam / 2),
      lambda x, *p, **lam: {k: len(x) * g for k, g in original.mlp_grads(x, *p, **lam).items()}),
     (test_numeric_gradient_is_the_gradient, [0, 4, 1e-4], "numeric-grad", "numeric_grad",
      lambda f, x, h=6e-6: torch.stack([(f(x + h * e) - f(x)) / h for e in torch.eye(len(x))]),
@@ -1049,20 +860,12 @@ WRONG = [  # a property, one case of it, a claim, the function of both, what mus
     (test_r1_of_weight_2_k_eta_damps_as_k_unrolled_steps, [0, 0.1, 2, True],
      "r1-game", "bilinear_step",  # a weight of k η where 2 k η is asked for
      lambda *state, r1=0.0, **kind: original.bilinear_step(*state, r1=r1 / 2, **kind)),
-    (test_momentum_moves_by_velocities, [0.1, 0.5, True], "momentum-game", "momentum_step",
-     lambda *state: original.momentum_step(*state[:5], -state[5], state[6]),
-     lambda *state: original.momentum_step(*state[:6], not state[6])),
-    *[(test, [0.1, 0.5, True], "momentum-game", "momentum_growth",
-       lambda eta, m, in_turn=True: original.momentum_growth(eta, -m, in_turn),
-       lambda eta, m, in_turn=True: original.momentum_growth(eta, m, not in_turn)) for test in (
-        test_growth_with_momentum_is_the_largest_root,
-        test_growth_with_momentum_is_that_of_a_trajectory)],
-    (test_gradient_penalty_trains_the_critic, [0, 3, 4], "gp-linear", "gradient_penalty",
-     lambda critic, x: original.gradient_penalty(critic, x) * len(x),
-     lambda critic, x: 2 * original.gradient_penalty(critic, x)  # twice its gradient
-     - original.gradient_penalty(critic, x).detach()),
-    (test_gradient_penalty_trains_the_critic, [0, 3, 4], None, "gradient_penalty",
-     lambda critic, x: original.gradient_penalty(critic, x).detach()),
+    *[(test, [0.1, 0.5, True], "momentum-game", "momentum_step",
+       lambda *state, eta, momentum, alternating=True: original.momentum_step(
+           *state, eta, -momentum, alternating),
+       lambda *state, eta, momentum, alternating=True: original.momentum_step(
+           *state, eta, momentum, not alternating)) for test in (
+        test_momentum_moves_by_velocities, test_growth_with_momentum_is_the_largest_root)],
     (test_truncated_variance_is_the_integral, [1.0], "truncation", "truncated_normal_variance",
      lambda t: 1.0,
      lambda t: 1 - 2 * t * math.exp(-t * t / 2) / (2 * math.pi) ** 0.5 / (1 + math.erf(t / 2**.5))),
@@ -1094,27 +897,29 @@ def test_a_wrong_twin_fails_the_property_and_the_claim(test, case, claim, name, 
     ("transposed-coverage", "REPORT_G", theory.FIXED_G),
     ("posterior-collapse", "linear_elbo",
      lambda *args: original.linear_elbo(*args) + original.kl_standard_normal(*args[3:])),
-    ("vae-mean", "picture_error", lambda x, answer: (x - answer).abs().sum(1).mean()),
-    *[("bilinear-game", "bilinear_growth", lambda eta, alternating=False, turn=turn, **kind:
-       original.bilinear_growth(eta, alternating=turn, **kind)) for turn in (False, True)]])
+    *[("bilinear-game", "bilinear_step", lambda *state, alternating=False, turn=turn, **kind:
+       original.bilinear_step(*state, alternating=turn, **kind)) for turn in (False, True)]])
 def test_a_claim_on_a_wrong_function_is_not_confirmed(claim, name, twin, monkeypatch):
     monkeypatch.setattr(theory, name, twin)
     assert not confirmed(claim)
 
 
 @pytest.mark.parametrize("name, right, wrong", [
-    ("dropout-scale", "x ** 2 / (1 - p)", "x ** 2"),
+    ("dropout-scale", "x ** 2 / (1 - p)", "x ** 2"), ("js-vs-w1", ".cumsum(0)", ""),
+    ("gp-linear", ".norm(dim=1)", ".abs().sum(dim=1)"), ("spectral", "(w.T @", "(w.T.abs() @"),
+    ("gp-linear", "- 1) ** 2).mean()", ") ** 2).mean()"),
+    ("vae-mean", "answer: (x - answer).pow(2)", "answer: (x - answer).abs()"),
+    ("moments-not-gaussian", "[p, -q]", "[p, q]"), ("moments-not-gaussian", "1, 2, 4", "1, 2, 3"),
+    ("smoothing-floor", "0.1 * math.log(0.1)", "0.1 * math.log(0.9)"),
     ("linear-first-layer", "weight.flatten(1)", "weight.flip(2).flatten(1)"),
     ("embedding-needed", "index % 2 == 1", "index >= 4"),
     ("attention-alignment", "(h @ decoder / 2).softmax(dim=0)", "torch.eye(20).double()[19]"),
-    ("attention-alignment", "self_attention(h, eye, eye, eye)[0]", "h"),
     ("sigmoid-tanh", "(torch.sigmoid, torch.tanh)", "(torch.sigmoid, torch.sigmoid)"),
     ("sigmoid-tanh", "(None, nn.init.xavier_normal_)", "(None, nn.init.zeros_)"),
     ("sigmoid-tanh", "torch.tanh)\n", "lambda x: torch.tanh(0.6 * x))\n"),  # 1e10 times, not 1e14
     ("relu-sign", "torch.relu(x) * grad", "torch.relu(x) * grad.abs()"),
     ("relu-dead", "double(-50.0)", "double(0.0)"), ("relu-dead", "60 * w", "40 * w"),
-    ("loss-tells-which", "w / 7, y", "w / 1.1, y"),
-    ("loss-tells-which", "network(w, x), 0.01", "y, 0.0"), ("loss-tells-which", "3 * w", "w"),
+    ("loss-tells-which", "w / 7, y", "w / 1.1, y"), ("loss-tells-which", "3 * w", "w"),
     ("label-constraints", "(answer > k)", "(answer >= k)"),
     ("label-constraints", "(answer > k) + (answer < k)", "2 * (answer != k)"),
     ("mlp-grads", "lam * w)", "w)"), ("sgd-steps", "(1, 64)", "(1, 1)"),
@@ -1128,32 +933,28 @@ def test_a_claim_on_a_wrong_function_is_not_confirmed(claim, name, twin, monkeyp
     ("grad-accumulate", "(True, False)", "(True, True)"),
     ("grad-accumulate", "powers=(1, 2, 4)", "powers=(1, 2)"),
     ("grad-accumulate-sgd", "False, (1, 2)", "False, (1, 2, 4)"),
-    ("grad-accumulate-sgd", "rate * (total + x)", "rate * x"),
     ("grad-norm-noise", "(penalty + rest)", "penalty"),
     ("grad-norm-noise", "share * real(d) + (1 - share) * real(-d)", "(real(d) + real(-d)) / 2"),
     ("grad-norm-noise", "normal(100, 1)", "D(x)[:, None]"),  # a squared error at its minimum
-    ("vae-mean", "x.mean(dim=0)\n    size", "x.median(dim=0).values\n    size"),
+    ("vae-mean", "mean, error = x.mean(dim=0)", "mean, error = x.median(dim=0).values"),
     ("shift-blind", "x.roll(1, 2)", "x"), ("shift-blind", "(1, 2), x.mean", "(28, 2), x.mean"),
     ("perfect-d", "range(200)", "range(0)"), ("perfect-d", "logits.softmax(0)).norm", "p).norm"),
     ("detach-d", "grads(G(z).detach())", "grads(G(z))"),
-    ("mse-sigmoid", "(a - 1) ** 2", "(torch.sigmoid(a) - 1) ** 2"),
-    ("mse-sigmoid", "-torch.sigmoid(a) ** 2", "-torch.sigmoid(a)"),
+    ("mse-sigmoid", " (a - 1) ** 2", " (a.sigmoid() - 1) ** 2"),
+    ("mse-sigmoid", "-a.sigmoid() ** 2", "-a.sigmoid()"),
     ("log-plus-eps", "sigmoid(a) + 1e-8", "sigmoid(a) + 1e-12"),
     ("smoothing-optimum", "(0.9, 0.1)", "(0.9, 0.0)"),
     ("smoothing-optimum", "for mean in (0, 6)", "for mean in (-60, 6)"),  # p is exactly 0
     ("g-loss-alone", "F.softplus(-b) + F.softplus(b)", "F.softplus(-b)"),
-    ("g-loss-alone", "(0.0, 0.3, 2.0)", "(0.0, -0.3, 2.0)"),
     ("g-loss-alone", "(0.0, 0.3, 2.0)", "(0.0, 1.0, 2.0)"),
     ("g-low-d-high", "(0.0, 0.3, 2.0)", "(0.0, 0.3, -2.0)"),
-    ("g-low-d-high", "F.softplus(-b) + F.softplus(b)", "F.softplus(-b)"),
     ("loss-symmetry", "(-F.softplus(a)).exp()", "F.softplus(a).exp()"),
     ("minimax-maximin", "games.amax(2, keepdim=True)", "games.amin(2, keepdim=True)"),
     ("minimax-maximin", "[[[1, -1], [-1, 1]]]", "[[[1, 1], [-1, 1]]]"),
     ("maximin-collapse", "D.argmax()", "D.argmin()"),
     ("maximin-collapse", "gan_value(p / (p + q), p, q)", "gan_value(half, p, q)"),
     ("double-sigmoid", "torch.sigmoid(a), torch.sigmoid(-a)", "a, -a"),
-    ("r1-game", "r1=2 * k * eta", "r1=k * eta"), ("momentum-game", "0.5, -0.3)", "-0.5, -0.3)"),
-    ("momentum-game", "0.5, -0.3)", "0.5, 0.3)")])
+    ("r1-game", "r1=2 * k * eta", "r1=k * eta"), ("momentum-game", "0.5, -0.3)", "0.5, 0.3)")])
 def test_a_claim_that_computes_something_else_is_not_confirmed(name, right, wrong):
     """Each new or corrected claim among them: what its statement said before is a wrong one."""
     check = theory.CLAIMS[name].theme
@@ -1192,7 +993,7 @@ def test_a_wrong_verdict_ends_with_status_one(name, monkeypatch, capsys):
 def test_a_table_is_100_columns_wide_and_says_what_is_not_confirmed(capsys):
     rows = [(theory.Row("refuted", name, "", 9 * "long ", 30 * "long ", False), i)
             for i, name in enumerate(theory.CLAIMS)]
-    assert theory.print_results(rows, range(100)) == list(theory.CLAIMS)
+    theory.print_results(rows, 100)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     assert re.match("claim +the claim says +measured +verdict", out)
@@ -1209,18 +1010,17 @@ def test_only_runs_a_theme_and_says_why_and_writes_nothing(tmp_path, capsys):
     for text in (theory.reading_a_log.__doc__, theory.TOPICS["GANs"],
                  "g-low-d-high: Ideally G's loss is low and D's loss is high."):
         assert " ".join(text.split()) in " ".join(out.split())
-    assert theory.TOPICS["losses"][:40] not in " ".join(out.split())
     assert "4 of 4, seeds for each: 5" in out and not list(tmp_path.iterdir())
     one_line(capsys, lambda: theory.main(["--only", "mse_sigmod"]), "did you mean mse-sigmoid?")
 
 
 @pytest.mark.parametrize("name", theory.FIGURES)
 def test_no_text_of_a_figure_is_cut_off_or_lies_on_another_panel(name):
-    fig = theory.plotted(*theory.FIGURES[name])
-    whole, panels = fig.bbox, [ax.get_tightbbox() for ax in fig.axes]
-    for box in (*panels, fig._suptitle.get_tightbbox()):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
-    for a, b in itertools.combinations([*panels, fig._suptitle.get_tightbbox()], 2):
+    fig = theory.FIGURES[name]()
+    boxes = [part.get_tightbbox() for part in (*fig.axes, fig._suptitle)]
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+    for a, b in itertools.combinations(boxes, 2):
         assert min(a.x1, b.x1) <= max(a.x0, b.x0) or min(a.y1, b.y1) <= max(a.y0, b.y0)
 
 
@@ -1240,7 +1040,7 @@ def test_the_quiz_counts_the_hits(lines, right, asked, monkeypatch, capsys):
     again. Python has no stdin if it was closed before the start, as by a shell's <&-."""
     out = quiz(lines, monkeypatch, capsys)
     assert out.endswith(f"\nyou were right on {right} of {asked}\n")
-    assert out.count("an empty line skips") == len(re.findall("yes|1|hr|[?]", lines or ""))
+    assert (out.count("an empty line skips") > 3) == ("?" in (lines or ""))
 
 
 def test_the_quiz_asks_before_it_shows_both_sides(tmp_path, monkeypatch, capsys):
