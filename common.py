@@ -670,7 +670,7 @@ def write(writer, file):
     whole. Another program that shows `file` may refuse the rename: tries again for a second."""
     if RANK:
         return  # the first process writes
-    temporary = Path(f"{file}.{os.getpid()}.tmp")
+    temporary = Path(f"{file}.tmp")
     try:
         with open(temporary, "wb") as f:
             writer(f)
