@@ -2,24 +2,25 @@ r"""01 - VAE: two networks maximise a lower bound on log p(x).
 
 Papers   Kingma, Welling 2013, arXiv:1312.6114: the variational autoencoder.
          Burda et al. 2015, arXiv:1509.00519: importance weighting.
-Idea     An encoder turns a picture x into a normal distribution q(z|x) of codes
-         z, with means mu and variances exp(logvar). A decoder turns a code into
-         p(x|z), a distribution of pictures.
+Idea     A decoder turns a code z into p(x|z), a distribution of pictures. With
+         codes from p(z) = N(0, I) the model of the data is p(x) = E p(x|z). An
+         encoder turns a picture x into q(z|x), a normal distribution of codes,
+         with means mu and variances exp(logvar).
          z = mu + exp(logvar / 2) u, u ~ N(0, I)             -> reparameterise()
          KL(q ‖ N(0, I)) = ½ Σ (exp(logvar) + mu² - 1 - logvar)
                                                          -> kl_standard_normal()
-         log p(x) >= ELBO = E_q log p(x|z) - KL               -> negative_elbo()
-         With k samples of z, the log of the mean importance weight
-         p(x|z) p(z) / q(z|x) is a tighter bound                 -> iwae_bound()
-         The loss of one report: -2 ELBO plus a constant           -> vae_loss()
-See      pictures.png: reconstructions and samples. study.png: four short runs,
-         with three values of --x-sigma2, and without the KL term. Printed: nll,
-         on average an upper bound on -log p(x). It is 86.9 nats for test digits
-         of MNIST (Burda et al.: 86.8).
+         log p(x) >= E_q log p(x|z) - KL, the ELBO            -> negative_elbo()
+         A tighter bound: the log of the mean of k importance weights
+         p(x|z) p(z) / q(z|x)                                    -> iwae_bound()
+         One report minimises -2 ELBO plus a constant              -> vae_loss()
+See      pictures.png: reconstructions and samples. study.png: four short runs
+         with Gaussian pixels, three with different variances and one without
+         the KL term. Printed: nll, minus the tighter bound, on average above
+         -log p(x): 86.9 nats for 1,000 MNIST test digits (Burda et al.: 86.8).
 Differs  Convolutions with batch norm; in the papers fully connected layers.
-Try      With --z-dim 2, what suffers more, reconstructions or samples?
+Try      With --z-dim 2, what gets worse, the reconstructions or the samples?
 Run      python 01_vae.py
-         python 01_vae.py --models vae -k 5 --steps 6400
+         python 01_vae.py --models vae -k 5 --steps 6400  (the tighter bound)
 """
 
 import math
@@ -34,12 +35,14 @@ import common
 HIDDEN = 512                     # width of the layers before and after the code
 SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)    # shares of the steps after which process.png is written
 N_SAMPLES, N_TEST = 10_000, 1000     # pictures in samples.pt; test pictures that are measured
+# A factor of --x-sigma2, and the weight of the KL term. "vae" has Bernoulli pixels by default, to
+# which the factor means nothing. The other four have Gaussian pixels and few steps, for study.png.
 MODELS = {"vae": (1, 1), "low-sigma2": (0.1, 1), "mid-sigma2": (1, 1), "high-sigma2": (10, 1),
-          "no-kl": (1, 0)}       # a factor of --x-sigma2, and the weight of the KL term
+          "no-kl": (1, 0)}
 
 
 def study(n):
-    """The four models of study.png have 3.6 % of the steps (180 of 5,000) and test pictures."""
+    """3.6 % of n: of the steps (180 of 5,000) and of the test pictures, for the short runs."""
     return max(1, round(0.036 * n))
 
 
@@ -48,8 +51,8 @@ def study(n):
 def reparameterise(mu, logvar, u):
     """z = mu + σ u, σ = exp(logvar / 2): a sample of N(mu, σ²), of the shape of u.
 
-    mu, logvar: [B, d]; u: standard normal, [B, d], or [k, B, d] for k samples of each. Gradients
-    flow to mu and logvar.
+    mu, logvar: [B, d]; u: a sample of N(0, I), [B, d], or [k, B, d] for k samples of z. For a given
+    u, z is a differentiable function of mu and logvar: this is how the encoder gets a gradient.
     """
     return mu + torch.exp(logvar / 2) * u
 
@@ -57,19 +60,19 @@ def reparameterise(mu, logvar, u):
 def kl_standard_normal(mu, logvar):
     """KL(N(mu, σ²) ‖ N(0, I)) = ½ Σ_j (σ_j² + mu_j² - 1 - log σ_j²) of each example, nats [B].
 
-    mu, logvar = log σ²: [B, d]. >= 0, and 0 only if mu = 0 and σ = 1.
+    mu, logvar = log σ²: [B, d]. The KL is never negative, and 0 only if mu = 0 and σ = 1.
     """
     return 0.5 * (torch.expm1(logvar) - logvar + mu ** 2).sum(dim=-1)  # expm1: exact near 0
 
 
 def negative_elbo(log_px_z, mu, logvar, kl_weight=1.0):
-    """KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z) of each example, nats [B]; to be minimised.
+    """Minus the evidence lower bound: KL(q(z|x) ‖ N(0, I)) - E_q log p(x|z), nats [B]; a loss.
 
     log_px_z = log p(x|z): [k, B], for k samples z of q = N(mu, exp(logvar)); mu, logvar: [B, d].
-    E_q is the mean over the k samples; the KL has its closed form. On average over z this is an
-    upper bound on -log p(x), and equal to it where q(z|x) = p(z|x). More samples make it less
-    noisy, not tighter. kl_weight multiplies the KL: 0 leaves the reconstruction alone. Raises
-    ValueError if log_px_z is not [k, B] with k of 1 or more and the B of mu.
+    E_q is estimated by the mean over the k samples; the KL is exact. On average over z the result
+    is above -log p(x), by KL(q(z|x) ‖ p(z|x)). More samples make it less noisy, not tighter.
+    kl_weight multiplies the KL; with 0, only the reconstruction term remains. Raises ValueError if
+    log_px_z is not [k, B] with k of 1 or more and the B of mu.
     """
     if log_px_z.ndim != 2 or not len(log_px_z) or log_px_z.shape[1:] != mu.shape[:1]:
         raise ValueError(f"log_px_z must be [k, B] for mu [B, d], not {tuple(log_px_z.shape)} for "
@@ -80,12 +83,12 @@ def negative_elbo(log_px_z, mu, logvar, kl_weight=1.0):
 def vae_loss(x, x_rec, mu, logvar, x_sigma2):
     """The loss of one report, (loss, data_term, kl_term), means over the batch; to be minimised.
 
-    loss = data_term + kl_term, data_term = mean over the pixels of (x - x_rec)² / x_sigma2, and
-    kl_term = 2 KL. x, x_rec: [B, ...] with d_x values each; mu, logvar: [B, d]; x_sigma2 > 0.
-    Because the data term is a mean over pixels where the ELBO has a sum, x_sigma2 stands for pixels
-    of variance s² = x_sigma2 d_x (for MNIST 0.001 means 0.784): -ELBO = loss / 2 + d_x / 2
-    log(2 π s²), in nats. Raises ValueError if x_sigma2 is not above 0, if x and x_rec differ in
-    shape, if mu has another B, or if the batch is empty.
+    data_term: the mean over the pixels of (x - x_rec)² / x_sigma2. kl_term: 2 KL. loss: their sum.
+    x, x_rec: [B, ...] with d_x values each; mu, logvar: [B, d]; x_sigma2 > 0. The ELBO has a sum
+    over the pixels, not a mean. Therefore x_sigma2 stands for pixels of variance s² = x_sigma2 d_x
+    (MNIST: 0.001 means 0.784), and -ELBO = loss / 2 + (d_x / 2) log(2 π s²), nats. train() does not
+    use this loss, only this meaning of --x-sigma2. Raises ValueError if x_sigma2 is not above 0, if
+    shapes do not fit, or if the batch is empty.
     """
     if not x_sigma2 > 0 or x.shape != x_rec.shape or not 0 < len(x) == len(mu):
         raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes must fit: "
@@ -96,12 +99,11 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
 
 
 def log_bernoulli(x, logits):
-    """log p(x|z) = Σ x log σ(a) + (1 - x) log(1 - σ(a)), a: logits, over the last three dimensions.
+    """log p(x|z) = Σ [x log σ(a) + (1 - x) log(1 - σ(a))] over C, H and W, nats; a: the logits.
 
-    In nats. x: pixels [..., C, H, W], 0 or 1; logits: broadcastable with x. Returns [...], the
-    other dimensions after broadcasting. For grey x the result is not a log-probability: only 0 and
-    1 are values of a Bernoulli variable. Raises ValueError for fewer dimensions, or x outside of
-    [0, 1].
+    x: pixels [..., C, H, W], 0 or 1; logits: broadcastable with x. Returns [...], the dimensions
+    before C. For grey x the result is not a log-probability: a Bernoulli variable is 0 or 1. Raises
+    ValueError for fewer dimensions, and for x outside of [0, 1].
     """
     if x.ndim < 3 or x.min() < 0 or x.max() > 1:
         raise ValueError(f"x must be [..., C, H, W] in [0, 1], not {tuple(x.shape)} in "
@@ -110,10 +112,10 @@ def log_bernoulli(x, logits):
 
 
 def log_gaussian(x, mean, variance):
-    """log p(x|z) of N(mean, variance I) over the last three dimensions, nats.
+    """log p(x|z) where p(x|z) = N(mean, variance I): a sum over C, H and W, nats.
 
     x, mean: [..., C, H, W], broadcastable; returns [...]. variance > 0: a number, or a tensor that
-    broadcasts with them: [], [1], [B, 1, 1, 1] and so on. Gradients flow to such a tensor, too.
+    broadcasts with x, such as [] or [B, 1, 1, 1]; such a tensor can be learned.
     """
     normaliser = 2 * math.pi * variance
     log_normaliser = normaliser.log() if torch.is_tensor(normaliser) else math.log(normaliser)
@@ -124,11 +126,11 @@ def iwae_bound(log_px_z, z, mu, logvar):
     """log (1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x)) for each example, nats [B] (Burda et al. 2015).
 
     log_px_z = log p(x|z_i): [k, B]; z: [k, B, d], samples of q = N(mu, exp(logvar)); mu, logvar:
-    [B, d]. The mean of p(x|z) p(z) / q(z|x) over q is p(x), so by Jensen's inequality the mean of
-    the log is a lower bound on log p(x); for k = 1 it is the ELBO. It never falls with k and tends
-    to log p(x). Where q(z|x) = p(z|x), the bound is log p(x) for every z and k. Raises ValueError
-    if log_px_z is not [k, B], if z is not [k, B, d] with the same k and B, and if σ is so small
-    that rounding z moves the bound by about 0.1 nats or more (use float64 then).
+    [B, d]. The importance weight p(x|z) p(z) / q(z|x) has the mean p(x) for z from q. By Jensen's
+    inequality the mean of its log is at most log p(x); for k = 1 it is the ELBO. On average the
+    bound rises with k toward log p(x). If q(z|x) = p(z|x), each weight is p(x): the bound is exact.
+    Raises ValueError if log_px_z is not [k, B], if z is not [k, B, d] with the same k and B, and if
+    rounding z moves the bound by about 0.1 nats (small σ: use float64).
     """
     if log_px_z.ndim != 2 or z.shape != (*log_px_z.shape, mu.shape[-1]):
         raise ValueError("log_px_z must be [k, B] for z [k, B, d], not "
@@ -136,7 +138,7 @@ def iwae_bound(log_px_z, z, mu, logvar):
     rounding = torch.finfo(z.dtype).eps * (mu.abs() / torch.exp(logvar / 2)).sum(dim=-1)
     if (rounding > 0.1).any():
         raise ValueError(f"σ is too small beside mu for {z.dtype}: logvar {logvar.min():g}")
-    log_pz = -0.5 * (z ** 2).sum(dim=-1)  # here and in log_q without -d/2 log 2π, which cancels
+    log_pz = -0.5 * (z ** 2).sum(dim=-1)  # both without -d/2 log 2π: it cancels in log_pz - log_q
     log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(dim=-1)
     return torch.logsumexp(log_px_z + log_pz - log_q, dim=0) - math.log(len(z))
 
@@ -144,26 +146,26 @@ def iwae_bound(log_px_z, z, mu, logvar):
 # --- model -------------------------------------------------------------------------------------
 
 class VAE(nn.Module):
-    """encode: x [B, C, side, side] in [0, 1] -> mu, logvar [B, d_z]. decode: z -> logits like x;
-    their sigmoid is the mean of p(x|z)."""
+    """encode: x [B, C, side, side] in [0, 1] -> mu, logvar [B, d_z].
+    decode: z [..., d_z] -> logits [..., C, side, side]; their sigmoid is the mean of p(x|z)."""
 
     def __init__(self, c, side, d_z):
         super().__init__()
-        widths = [16 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
-        small = side // 2 ** len(widths)  # 28x28 pictures: widths 16 and 32, maps of 14 and 7
+        widths = [16 * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]  # channels
+        small = side // 2 ** len(widths)  # sides 28 -> 14 -> 7: widths [16, 32], small 7
         features = widths[-1] * small ** 2
         layers = []
-        for i, o in pairwise([c, *widths]):
-            layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1),
-                       nn.BatchNorm2d(o), nn.SiLU()]
+        for n_in, n_out in pairwise([c, *widths]):
+            layers += [nn.Conv2d(n_in, n_out, kernel_size=4, stride=2, padding=1),
+                       nn.BatchNorm2d(n_out), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, HIDDEN),
                                    nn.BatchNorm1d(HIDDEN), nn.SiLU())
         self.mu, self.logvar = nn.Linear(HIDDEN, d_z), nn.Linear(HIDDEN, d_z)
         layers = [nn.Linear(d_z, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.SiLU(),
                   nn.Linear(HIDDEN, features), nn.Unflatten(1, (widths[-1], small, small))]
-        for i, o in pairwise([*widths[::-1], c]):
-            layers += [nn.BatchNorm2d(i), nn.SiLU(),
-                       nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1)]
+        for n_in, n_out in pairwise([*widths[::-1], c]):
+            layers += [nn.BatchNorm2d(n_in), nn.SiLU(),
+                       nn.ConvTranspose2d(n_in, n_out, kernel_size=4, stride=2, padding=1)]
         self.decoder = nn.Sequential(*layers)
 
     def encode(self, x):
@@ -171,12 +173,12 @@ class VAE(nn.Module):
         return self.mu(h), self.logvar(h)
 
     def decode(self, z):
-        """z [..., d_z] -> logits [..., C, side, side]; the layers see all of them as one batch."""
-        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        flat = z.flatten(0, -2)  # the layers need one batch dimension
+        return self.decoder(flat).unflatten(0, z.shape[:-1])
 
 
 def log_likelihood(x, logits, variance):
-    """log p(x|z), nats: of grey pixels with this variance, or, if it is None, of pixels 0 and 1."""
+    """log p(x|z), nats: of grey pixels with this variance or, if it is None, of pixels 0 or 1."""
     if variance is None:
         return log_bernoulli(x, logits)
     return log_gaussian(x, logits.sigmoid(), variance)
@@ -184,14 +186,15 @@ def log_likelihood(x, logits, variance):
 
 # --- train -------------------------------------------------------------------------------------
 
-# `run` does everything that is not mathematics: run.batches shuffles the data, run.steps counts 1,
-# 2, ... and saves what it is given (for --resume), run.log shows and saves numbers, run.snapshot
-# adds pictures to process.png, and run.at(shares) is true after these shares of the steps. To paste
-# this chapter elsewhere, replace run.steps(...) by range(1, steps + 1), run.batches(...) by an
-# iterator over a DataLoader with pictures in [-1, 1], and leave out the other lines with run.
+# `run` does all that is not mathematics: run.batches shuffles the data, run.steps counts 1, 2, ...
+# and saves what it is given (for --resume), run.log shows and saves numbers, run.snapshot adds to
+# process.png, run.at(shares) is true after these shares of the steps. To paste this chapter into
+# another program, replace run.steps(...) by range(1, steps + 1), run.batches(...) by an iterator
+# over a DataLoader with pictures in [-1, 1], and leave out the other lines with run.
 
 def train(run, args, name, variance, images):
-    """Trains one of MODELS; returns it, and the z [n_samples, d_z] of its samples."""
+    """Trains one of MODELS; returns it, and the z [n_samples, d_z] of its samples. variance: of a
+    Gaussian pixel, or None if pixels are 0 or 1. images.x: training pictures [N, C, side, side]."""
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     kl_weight = MODELS[name][1]
@@ -205,12 +208,12 @@ def train(run, args, name, variance, images):
     for _ in run.steps(steps, net=net, opt=opt, schedule=schedule):
         # x -> q(z|x) -> z -> p(x|z); minimise -ELBO, or with k > 1 samples minus the tighter bound
         x01 = (next(batches)[0] + 1) / 2                            # pictures come in [-1, 1]
-        x = torch.bernoulli(x01) if variance is None else x01       # new pixels 0 or 1 each time
+        x = torch.bernoulli(x01) if variance is None else x01       # grey: the probability of a 1
         mu, logvar = net.encode(x)
         z = reparameterise(mu, logvar, torch.randn(k, *mu.shape, device=run.device))
         logits = net.decode(z)                                      # [k, B, C, side, side]
         log_px_z = log_likelihood(x, logits, variance)
-        if k == 1:
+        if k == 1:  # iwae_bound would estimate the KL from z, with more noise
             loss = negative_elbo(log_px_z, mu, logvar, kl_weight).mean()
         else:
             loss = -iwae_bound(log_px_z, z, mu, logvar).mean()
@@ -219,7 +222,7 @@ def train(run, args, name, variance, images):
         opt.step()
         schedule.step()
         run.log(loss=loss, kl=kl_standard_normal(mu, logvar).mean(),
-                mse=F.mse_loss(logits[0].sigmoid(), x01))
+                mse=F.mse_loss(logits[0].sigmoid(), x01))           # of the first of k samples
         if run.at(SNAPSHOTS):
             run.snapshot(generate(net.eval(), z_fixed[:36]))
             net.train()
@@ -231,12 +234,11 @@ def train(run, args, name, variance, images):
 
 @torch.no_grad()
 def measure(net, variance, x01, x, k):
-    """Numbers for test pictures [N, C, H, W] in [0, 1]: grey x01, and x as the likelihood expects.
+    """Means over test pictures [N, C, H, W]: grey x01 in [0, 1]; x, as the likelihood expects them.
 
-    In nats for each picture: nll (minus iwae_bound with k samples of z), -elbo and kl. For Gaussian
-    pixels they are of densities, and compare only at the same x_sigma2. mse: of the reconstruction
-    from mu to x01.
-    """
+    nll (minus iwae_bound with k samples of z), -elbo and kl are in nats. For Gaussian pixels, nll
+    and -elbo are of densities: compare only models with the same variance. mse: between x01 and its
+    reconstruction, which is decoded from mu."""
     numbers = {"nll": [], "-elbo": [], "kl": [], "mse": []}
     chunk = max(1, 1000 // k)  # so that about 1,000 pictures are decoded at once
     for x01_part, x_part in zip(x01.split(chunk), x.split(chunk)):
@@ -254,32 +256,31 @@ def measure(net, variance, x01, x, k):
 
 @torch.no_grad()
 def generate(net, z):
-    """The mean of p(x|z), in [-1, 1], for z [N, d_z]; a sample of p(x|z) would add pixel noise."""
+    """The mean of p(x|z) for z [N, d_z], in [-1, 1]. A sample of p(x|z) would add pixel noise."""
     return torch.cat([2 * net.decode(part).sigmoid() - 1 for part in z.split(1000)])
 
 
 @torch.no_grad()
 def pictures(net, x, x_train, samples):
-    """The pictures of the figures, uint8, by name. x: test pictures, x_train: training ones, in
-    [0, 1]."""
-    x, x_train = (a[torch.arange(32) % len(a)] for a in (x, x_train))  # a small folder has fewer
+    """The panels of pictures.png, {name: uint8}. x, x_train: test and training pictures, [0, 1]."""
+    x, x_train = (a[torch.arange(32) % len(a)] for a in (x, x_train))  # repeated if fewer than 32
     mu, logvar = net.encode(x)
     five = reparameterise(mu[:6], logvar[:6], torch.randn(5, 6, mu.shape[1], device=x.device))
     alpha = torch.linspace(0, 1, 8, device=x.device)[:, None]
     paths = torch.cat([(1 - alpha) * mu[i] + alpha * mu[i + 1] for i in range(0, 12, 2)])
-    found = {name: torch.stack([2 * a - 1, generate(net, net.encode(a)[0])], dim=1).flatten(0, 1)
-             for name, a in (("training", x_train), ("test", x))}
-    found |= {"five": torch.cat([2 * x[:6] - 1, generate(net, five.flatten(0, 1))]),
-              "samples": samples[:64], "interpolation": generate(net, paths)}
-    if mu.shape[1] == 2:  # quantiles of the prior, from -1.64 to 1.64 in both directions
+    panels = {name: torch.stack([2 * a - 1, generate(net, net.encode(a)[0])], dim=1).flatten(0, 1)
+              for name, a in (("training", x_train), ("test", x))}
+    panels |= {"five": torch.cat([2 * x[:6] - 1, generate(net, five.flatten(0, 1))]),
+               "samples": samples[:64], "interpolation": generate(net, paths)}
+    if mu.shape[1] == 2:  # a grid of z: quantiles of N(0, 1), from -1.64 to 1.64 in each direction
         line = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.05, 0.95, 15)).to(x.device)
-        found["plane"] = generate(net, torch.cartesian_prod(line, line).flip(1))
-    return {name: common.to_uint8(picture).cpu() for name, picture in found.items()}
+        panels["plane"] = generate(net, torch.cartesian_prod(line, line).flip(1))
+    return {name: common.to_uint8(picture).cpu() for name, picture in panels.items()}
 
 
 # --- figures -----------------------------------------------------------------------------------
 
-CAPTIONS = {  # columns of a panel, and its title
+CAPTIONS = {  # for each panel: its number of columns, and its title
     "training": (8, "training pictures,\nleft: original, right: reconstruction"),
     "test": (8, "test pictures,\nleft: original, right: reconstruction"),
     "five": (6, "top row: originals; below: each\ndecoded from five samples of z"),
@@ -289,7 +290,7 @@ CAPTIONS = {  # columns of a panel, and its title
 
 
 def figures(args, images, run):
-    """pictures.png: the first model. study.png: all models. curves.png: losses while training."""
+    """pictures.png, curves.png: the first model. study.png: all models, from their results."""
     title = f"VAE on {images.name}, seed {args.seed}, z has {args.z_dim} dimensions"
     name, numbers = next(iter(run.done.items()))
     common.save_panels(args.out / "pictures.png", [("", [
@@ -343,7 +344,7 @@ def main(argv=None):
     test = common.load_images(args, run.device, train=False)
     likelihood = args.likelihood or ("bernoulli" if images.x.shape[1] == 1 else "gaussian")
     for name in run.each(args.models):
-        variance = MODELS[name][0] * args.x_sigma2 * images.x[0].numel()
+        variance = MODELS[name][0] * args.x_sigma2 * images.x[0].numel()  # the s² of vae_loss
         if name == "vae" and likelihood == "bernoulli":
             variance = None
         net, z_fixed = train(run, args, name, variance, images)
@@ -351,13 +352,12 @@ def main(argv=None):
         common.save(net.state_dict(), args.out / f"weights_{name}.pt")
         common.save(common.to_uint8(samples).cpu(), args.out / f"samples_{name}.pt")
 
-        torch.manual_seed(args.seed)  # the same pixels 0 and 1 of the test pictures for every model
-        x01, x01_train = ((common.to_float(part) + 1) / 2
-                          for part in (test.x[:args.n_test], images.x[:32]))
-        x, x_train = (torch.bernoulli(part) if variance is None else part
-                      for part in (x01, x01_train))
+        torch.manual_seed(args.seed)  # so that the pixels 0 and 1 do not depend on the training
+        x01 = (common.to_float(test.x[:args.n_test]) + 1) / 2
+        x01_train = (common.to_float(images.x[:32]) + 1) / 2
+        x, x_train = (torch.bernoulli(a) if variance is None else a for a in (x01, x01_train))
         n = args.n_test if name == "vae" else study(args.n_test)
-        run.done[name] = {
+        run.done[name] = {  # distance: of samples to the nearest training picture
             "likelihood": "gaussian" if variance else "bernoulli", "n": len(x[:n]),
             "pictures": pictures(net, x, x_train, samples),
             **measure(net, variance, x01[:n], x[:n], args.k_test),

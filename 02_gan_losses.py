@@ -4,17 +4,18 @@ Papers   Goodfellow et al. 2014, arXiv:1406.2661; functions name the others.
 Idea     A generator G turns noise z into pictures. A discriminator D gives each
          picture a score, the logit a; σ(a) is the probability of "real".
          D maximises E log σ(a(x)) + E log(1 - σ(a(G(z))))            -> bce_d()
-         G minimises E log(1 - σ(a)); its derivative in a is -σ(a), almost 0
-         where D is sure of a fake: this loss saturates           -> minimax_g()
-         or it maximises E log σ(a): derivative 1 - σ(a)    -> nonsaturating_g()
+         G minimises E log(1 - σ(a)), a = a(G(z)). Its derivative in a, -σ(a),
+         is almost 0 if D is sure of a fake: it saturates         -> minimax_g()
+         Or -E log σ(a): its derivative is then almost -1   -> nonsaturating_g()
          Other methods change the losses, add a penalty or labels, or use an
          autoencoder as D; each is a row of a table                -> methods()
-See      samples.png: pictures of each G from the same z. saturation.png: D is
-         far ahead of three G's, and the minimax G stops learning. Printed: how
-         many classes G covers, and why its losses stand still, where known.
-Differs  D has no batch norm, so each score depends on one picture alone. Adam
-         for all; learning rates fall to 0 in the second half. Samples are from
-         an average of G's weights. Gradient penalties have weight 1, not 10.
+See      samples.png: pictures of each G from the same z. saturation.png: if D
+         takes three steps for each of G ("-ahead"), the minimax G stops
+         learning. Printed: how many classes each G covers and, if its losses
+         stop moving, the likely cause.
+Differs  D has no batch norm, so each score depends on one picture alone. All
+         methods use Adam; learning rates fall to 0 in the second half. Samples
+         are from an average of G's weights. Gradient penalties have weight 1.
 Run      python 02_gan_losses.py [--loss all]
 Try      --loss minimax-ahead --real-label 0.9: where will loss_d stop falling?
 """
@@ -27,55 +28,53 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import lr_scheduler as lrs
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim import lr_scheduler as lrs, swa_utils
 
 import common
 
-LAMBDA = 1.0                     # weight of gradient penalties; in the papers 10
-LAMBDA_MS = 0.1                  # of mode seeking; in the paper 1, which thickens the strokes here
-CLIP = 0.03                      # wgan keeps D's weights in [-CLIP, CLIP]; in the paper 0.01
-MARGIN = 0.3                     # of ebgan, for errors that are roots of mean squares
-GAMMA, LAMBDA_K = 0.9, 0.1       # of began; the paper has λ_k = 0.001 and 100 times more steps
-LABEL_SCALE = 3.0                # the few labels in G's input must count beside many z
+LAMBDA = 1.0        # weight of gradient penalties; in the papers 10
+LAMBDA_MS = 0.1     # weight of mode_seeking; the paper's 1 makes strokes thicker here
+CLIP = 0.03         # wgan clips D's weights to [-CLIP, CLIP]; in the paper 0.01
+MARGIN = 0.3        # ebgan: D's loss ignores fakes with a larger error
+GAMMA, LAMBDA_K = 0.9, 0.1  # began; the paper has λ_k = 0.001 and 100 times more steps
+LABEL_SCALE = 3.0   # factor of the labels in G's input, so that ten of them count beside 64 of z
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of fully connected layers
-SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # parts of a training run after which process.png is written
-N_SAMPLES, N_NEAREST, N_SPECKS = 10_000, 2000, 500  # samples: saved, compared, looked at for specks
+SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of a training run after which process.png is written
+N_SAMPLES, N_NEAREST, N_SPECKS = 10_000, 2000, 500  # saved; compared with data; seen by specks()
 
 
 # --- the idea ----------------------------------------------------------------------------------
-# All losses are to be minimised. real, fake: D's scores of data and of G's pictures, float [B]. A
-# loss is a mean over the batch, a tensor of one number. rng: a torch.Generator, or None.
-# Functions of one method stand together.
+# All losses are to be minimised; E is the mean over the batch. real, fake: D's scores of data and
+# of G's pictures, floats [B]. rng: a torch.Generator, or None. critic: D, given its pictures only.
 
 def bce_d(real, fake, real_label=1.0, label_noise=0.0, rng=None):
-    """-E[y log σ(real) + (1 - y) log(1 - σ(real))] - E[the same of fake with its labels y'], nats.
-
-    real, fake: logits [B], exact also for 1000 and -1000. y = real_label in [0, 1], y' = 0; less
-    than 1 is one-sided smoothing (Salimans et al. 2016). label_noise = w > 0: each score has its
-    own label from rng, uniform in an interval of width w around y or y'; the mean of the gradient
-    stays the same. Without noise the loss is at least the entropy of real_label, and with y = 1 it
-    is 2 log 2 = 1.386 if D says 1/2 to all."""
+    """BCE(real, y) + BCE(fake, y'), where BCE(a, y) = -E[y log σ(a) + (1 - y) log(1 - σ(a))], nats.
+    Logits [B], exact also for ±1000. y = real_label in [0, 1], y' = 0. With y = 1 the loss is
+    2 log 2 = 1.386 if D says 1/2 to all. y < 1 is one-sided smoothing (Salimans et al. 2016): the
+    loss is at least the entropy of y. label_noise = w > 0: each score has its own label, uniform in
+    an interval of width w around y or y', from rng; on average the gradient stays the same."""
     y, y_fake = torch.full_like(real, real_label), torch.zeros_like(fake)
     if label_noise:  # without it no random number is used
-        y = y + label_noise * (torch.rand(len(y), generator=rng).to(y) - 0.5)
-        u = torch.rand(len(y_fake), generator=rng).to(y_fake)
-        y_fake = y_fake + label_noise * (u - 0.5)
+        y, y_fake = (label + label_noise * (torch.rand(len(label), generator=rng).to(label) - 0.5)
+                     for label in (y, y_fake))
     bce = F.binary_cross_entropy_with_logits
     return bce(real, y) + bce(fake, y_fake)
 
+
 def minimax_g(fake):
-    """E log(1 - σ(fake)), nats (Goodfellow et al. 2014, eq. 1). Logits [B], also 1000 and -1000."""
+    """E log(1 - σ(fake)), nats (Goodfellow et al. 2014, eq. 1). Logits [B]; ±1000 are exact."""
     return F.logsigmoid(-fake).mean()
 
+
 def nonsaturating_g(fake):
-    """-E log σ(fake), nats (Goodfellow et al. 2014, sec. 3). Logits [B], also 1000 and -1000."""
+    """-E log σ(fake), nats (Goodfellow et al. 2014, sec. 3). Logits [B]; ±1000 are exact."""
     return F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
 
 
 def lsgan_d(real, fake):
-    """E (real - 1)² + E fake² (Mao et al. 2017, without its 1/2). Scores [B]."""
+    """E (real - 1)² + E fake²: scores [B] should be 1 and 0 (Mao et al. 2017, without its 1/2)."""
     return ((real - 1) ** 2).mean() + (fake ** 2).mean()
+
 
 def lsgan_g(fake):
     """E (fake - 1)² (Mao et al. 2017, without its 1/2). Scores [B]."""
@@ -83,33 +82,36 @@ def lsgan_g(fake):
 
 
 def wgan_d(real, fake):
-    """E fake - E real (Arjovsky et al. 2017, alg. 1). Scores [B]. Minus this is at most K W1; K:
-    largest norm of D's gradient; W1: least mean distance that moves the fakes onto the data."""
+    """E fake - E real (Arjovsky et al. 2017, alg. 1). Scores [B]. Minus this is at most K W1: K the
+    largest norm of D's gradient, W1 the least mean distance that moves the fakes onto the data."""
     return fake.mean() - real.mean()
+
 
 def wgan_g(fake):
     """-E fake (Arjovsky et al. 2017, alg. 1). Scores [B]."""
     return -fake.mean()
 
+
 def clip(net, limit):
-    """Clamps every parameter of net to [-limit, limit], in place (Arjovsky et al. 2017, alg. 1)."""
+    """Clips every parameter of net to [-limit, limit], in place (Arjovsky et al. 2017, alg. 1)."""
     with torch.no_grad():
         for p in net.parameters():
             p.clamp_(-limit, limit)
 
 
 def gradient_norms(critic, x):
-    """‖∇_x critic(x)‖ of each example, over all its values, [B]. Differentiable, also at 0.
-    critic: [B, ...] -> scores [B], each of its own example alone (no batch norm): then the gradient
-    of their sum holds one gradient for each example."""
+    """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where this gradient is 0.
+    critic: x [B, ...] -> scores [B], each of its own example alone (no batch norm). Therefore the
+    gradient of the sum of the scores holds the gradient of each of them."""
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return torch.linalg.vector_norm(grad.flatten(1), dim=1)
 
+
 def gradient_penalty(critic, x_real, x_fake, rng=None):
-    """E (‖∇critic(x̂)‖ - 1)², x̂ = α x_real + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3).
-    critic: as in gradient_norms. x_real, x_fake: floats [B, ...]. α: from rng, uniform in [0, 1),
-    one for each example. ValueError for different shapes, and for integers, where α would be 0."""
+    """E (‖∇critic(x̂)‖ - 1)², x̂ = α x_real + (1 - α) x_fake (Gulrajani et al. 2017, eq. 3): the best
+    critic with norms <= 1 has 1 there. critic: see gradient_norms. x_real, x_fake: floats [B, ...];
+    else ValueError. α: one for each example, uniform in [0, 1), from rng."""
     if x_real.shape != x_fake.shape:
         raise ValueError(f"x_real {tuple(x_real.shape)} and x_fake {tuple(x_fake.shape)} differ")
     if not (x_real.is_floating_point() and x_fake.is_floating_point()):
@@ -118,16 +120,17 @@ def gradient_penalty(critic, x_real, x_fake, rng=None):
     x_hat = alpha * x_real + (1 - alpha) * x_fake
     return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
 
+
 def dragan_penalty(critic, x_real, rng=None):
-    """E (‖∇critic(x_real + α s u / 2)‖ - 1)², near the data (Kodali et al. 2017: their code; their
-    paper has Gaussian noise). critic: as in gradient_norms; x_real: [B, ...]. From rng, uniform in
-    [0, 1): α for each example, u for each pixel. s: the standard deviation (divisor n) of the
-    example's pixels; in their code of the whole batch."""
+    """E (‖∇critic(x_real + α s u / 2)‖ - 1)²: near the data (Kodali et al. 2017, as in their code).
+    critic: see gradient_norms. x_real: [B, ...]. From rng, uniform in [0, 1): α for each example, u
+    for each pixel. s: standard deviation (divisor n) of the example's pixels; theirs: of all."""
     alpha = torch.rand(len(x_real), generator=rng).to(x_real)
     u = torch.rand(x_real.shape, generator=rng).to(x_real)
     scale = alpha * x_real.flatten(1).std(dim=1, correction=0) / 2
     x_hat = x_real + scale.view(-1, *[1] * (x_real.ndim - 1)) * u
     return ((gradient_norms(critic, x_hat) - 1) ** 2).mean()
+
 
 def r1_penalty(critic, x_real):
     """E ‖∇critic(x_real)‖² (Mescheder et al. 2018, there times γ/2). critic: see gradient_norms."""
@@ -135,90 +138,89 @@ def r1_penalty(critic, x_real):
 
 
 def mode_seeking(x1, x2, z1, z2):
-    """1 / (r + 1e-5), r = E|x1 - x2| / E|z1 - z2| (Mao et al. 2019, as in their code).
-    x1 = G(z1), x2 = G(z2): [B, ...]; z1, z2: noise [B, d], not the same. E: over all values of the
-    batch. Small if different z give different pictures; at most 1e5. ValueError: other shapes."""
+    """1 / (r + 1e-5), r = E|x1 - x2| / E|z1 - z2| (the code of Mao et al. 2019): at most 1e5, and
+    small if different z give different pictures. x1 = G(z1), x2 = G(z2): [B, ...]. z1, z2: noise
+    [B, d], not the same. E: over all values of the batch. ValueError if the shapes differ."""
     if x1.shape != x2.shape or z1.shape != z2.shape:
         raise ValueError(f"shapes differ: {[tuple(a.shape) for a in (x1, x2, z1, z2)]}")
-    ratio = (x1 - x2).abs().mean() / (z1 - z2).abs().mean()
-    return 1 / (ratio + 1e-5)
+    return 1 / ((x1 - x2).abs().mean() / (z1 - z2).abs().mean() + 1e-5)
 
 
 def ebgan_d(real_error, fake_error, margin):
     """E real_error + E max(0, margin - fake_error) (Zhao et al. 2017). Autoencoder's errors [B]."""
     return real_error.mean() + F.relu(margin - fake_error).mean()
 
+
 def pull_away(codes):
-    """Mean cos² of the codes [B, d] of all pairs of different pictures (Zhao et al. 2017).
-    1 if all codes are parallel, 0 if all are orthogonal, whatever their lengths; a code of zeros is
-    orthogonal to all. ValueError if B < 2."""
+    """Mean cos² of the angle between two codes, over all pairs of codes [B, d] (Zhao et al. 2017).
+    1 if all are parallel, 0 if all are orthogonal or 0. ValueError if B < 2."""
     n = len(codes)
     if n < 2:
         raise ValueError(f"there are no pairs in codes {tuple(codes.shape)}: B must be 2 or more")
     largest = codes.detach().abs().amax(dim=1, keepdim=True).clamp(torch.finfo(codes.dtype).tiny)
-    codes = codes / torch.exp2(torch.log2(largest).floor())  # a power of 2: this rounds nothing
+    codes = codes / torch.exp2(torch.log2(largest).floor())  # exact; the squares do not overflow
     cosine = F.normalize(codes, dim=1)
     squares = (cosine @ cosine.T) ** 2
     return (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
 
 
 def began_d(real_error, fake_error, k):
-    """E real_error - k E fake_error (Berthelot et al. 2017). Errors [B]; k: a number."""
+    """E real_error - k E fake_error (Berthelot et al. 2017). Errors: see ebgan_d; k: began_k."""
     return real_error.mean() - k * fake_error.mean()
 
+
 def began_k(k, real_error, fake_error, lambda_k, gamma):
-    """k + λ_k (γ E real_error - E fake_error), clipped to [0, 1], a float (Berthelot et al. 2017):
-    keeps the mean error of fakes near γ times that of data. k: a number; errors: [B]."""
+    """The next k: k + λ_k (γ E real_error - E fake_error), clipped to [0, 1], a float. It keeps
+    E fake_error near γ E real_error (Berthelot et al. 2017). k: a number; errors: [B]."""
     balance = gamma * real_error.mean() - fake_error.mean()
     return min(max(k + lambda_k * balance.item(), 0.0), 1.0)
 
+
 def began_convergence(real_error, fake_error, gamma):
-    """E real_error + |γ E real_error - E fake_error|, a float: falls while BEGAN learns."""
-    balance = gamma * real_error.mean() - fake_error.mean()
-    return (real_error.mean() + balance.abs()).item()
+    """E real_error + |γ E real_error - E fake_error|, a float: it falls while began learns."""
+    return (real_error.mean() + (gamma * real_error.mean() - fake_error.mean()).abs()).item()
 
 
 # --- model -------------------------------------------------------------------------------------
 
 def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
-    """G: z and labels [B, d_in] -> pictures [B, C, side, side] in (-1, 1).
-    Fully connected layers with `hidden` units, then transposed convolutions: `width` channels at
-    half of the side, 2 width at a quarter, ... With width = 0 all layers are fully connected."""
+    """G: z and labels [B, d_in] -> pictures [B, C, side, side] in (-1, 1); a tanh ends it. Fully
+    connected layers with `hidden` units, then transposed convolutions with `width` channels at half
+    the side, 2 width at a quarter, ... With width = 0 all layers are fully connected."""
     widths = [width * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
-    small, layers = side // 2 ** len(widths), []  # widths: channels at side/2, side/4, ..., small
+    small, layers = side // 2 ** len(widths), []  # sides 7, 14, 28: widths [8, 16], small = 7
     last = widths[-1] * small ** 2 if width else c * side ** 2
-    for i, o in pairwise([d_in, *hidden, last]):
-        layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+    for n_in, n_out in pairwise([d_in, *hidden, last]):
+        layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ReLU()]
     if width:
         layers.append(nn.Unflatten(1, (widths[-1], small, small)))
-        for i, o in pairwise([*widths[::-1], c]):
-            layers += [nn.ConvTranspose2d(i, o, kernel_size=4, stride=2, padding=1),
-                       nn.BatchNorm2d(o), nn.ReLU()]
+        for n_in, n_out in pairwise([*widths[::-1], c]):
+            layers += [nn.ConvTranspose2d(n_in, n_out, kernel_size=4, stride=2, padding=1),
+                       nn.BatchNorm2d(n_out), nn.ReLU()]
     layers[-2:] = [nn.Tanh()] if width else [nn.Tanh(), nn.Unflatten(1, (c, side, side))]
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # initialised as in DCGAN
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # weights start as in DCGAN
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # faster on the CPU
 
 
 class Discriminator(nn.Module):
-    """x -> scores [B], and guesses of the label [B, classes] for acgan and infogan. No batch norm.
-
-    Fully connected layers with `hidden` units; else convolutions of stride 2 with `width`, 2 width,
-    ... channels. conditional, for cgan: the score of x with the one-hot labels y [B, classes] is
-    score(x) + guess(x)[y] (Mirza, Osindero 2014; after Miyato, Koyama 2018)."""
+    """x [B, C, side, side] -> scores [B] and, for acgan and infogan, guesses of the label (logits)
+    [B, classes]. Fully connected layers with `hidden` units or, if there are none, convolutions of
+    stride 2 with `width`, 2 width, ... channels. conditional, for cgan (Mirza, Osindero 2014): the
+    score is score(x) + guess(x)[y] for the one-hot y [B, classes] (after Miyato, Koyama 2018)."""
 
     def __init__(self, c, side, classes, hidden, width, conditional=False):
         super().__init__()
         widths = [width * 2 ** i for i in range(max(1, int(math.log2(side / 4))))]
         small, layers = side // 2 ** len(widths), []
-        for i, o in pairwise([c, *widths] if not hidden else []):
-            layers += [nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.SiLU()]
-            nn.init.kaiming_normal_(layers[-2].weight)  # torch's are smaller: D stays at 1/2
+        for n_in, n_out in pairwise([c, *widths] if not hidden else []):
+            layers += [nn.Conv2d(n_in, n_out, kernel_size=4, stride=2, padding=1), nn.SiLU()]
+            nn.init.kaiming_normal_(layers[-2].weight)  # torch's are smaller: D would stay at 1/2
         layers.append(nn.Flatten())
-        for i, o in pairwise([c * side ** 2, *hidden]):
-            layers += [nn.Linear(i, o), nn.SiLU()]
+        for n_in, n_out in pairwise([c * side ** 2, *hidden]):
+            layers += [nn.Linear(n_in, n_out), nn.SiLU()]
         features = hidden[-1] if hidden else widths[-1] * small ** 2
         self.trunk, self.conditional = nn.Sequential(*layers), conditional
         self.score, self.guess = nn.Linear(features, 1), nn.Linear(features, classes)
@@ -231,18 +233,17 @@ class Discriminator(nn.Module):
 
 class Autoencoder(nn.Module):
     """x -> errors ‖x - decode(encode(x))‖ / √(C side²) [B], codes [B, d]: D of ebgan and began.
-
-    RMS instead of MSE: its gradient is bounded, so a few bad fakes do not dominate. There is no
-    tanh at the end, because its derivative would be 0 at black."""
+    This root of the mean squared error has a bounded gradient, so a few bad fakes do not dominate.
+    There is no tanh at the end: its derivative would be near 0 at black, -1."""
 
     def __init__(self, c, side, d):
         super().__init__()
         sizes = [c * side ** 2, *HIDDEN_D, d]
-        down = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.SiLU())]
-        up = [layer for i, o in pairwise(sizes[::-1]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        down = [layer for ends in pairwise(sizes) for layer in (nn.Linear(*ends), nn.SiLU())]
+        up = [layer for ends in pairwise(sizes[::-1]) for layer in (nn.Linear(*ends), nn.ReLU())]
         self.encode = nn.Sequential(nn.Flatten(), *down[:-1])
         self.decode = nn.Sequential(*up[:-1], nn.Unflatten(1, (c, side, side)))
-        self.register_buffer("k", torch.zeros(()))  # of began; a buffer is saved with D
+        self.register_buffer("k", torch.zeros(()))  # of began_k; a buffer is saved with D
 
     def forward(self, x, y=None):
         codes = self.encode(x)
@@ -251,36 +252,36 @@ class Autoencoder(nn.Module):
 
 
 def build(args, method, c, side, classes):
-    """G and D of a method, for pictures [C, side, side]."""
+    """G and D of a method (a row of the table below), for pictures [C, side, side]."""
     hidden, width = {"fc": (HIDDEN_G, 0), "dense": (HIDDEN_G, 8), "conv": ([], 32)}[args.nets]
     d_in = args.z_dim + classes * bool(method.labels)
     G = generator(d_in, c, side, hidden, args.width_g or width)
-    if method.code:
-        return G, Autoencoder(c, side, method.code)
-    return G, Discriminator(c, side, classes, hidden and HIDDEN_D, args.width_d or 32,
-                            method.conditional)
+    D = Autoencoder(c, side, method.code) if method.code else Discriminator(
+        c, side, classes, hidden and HIDDEN_D, args.width_d or 32, method.conditional)
+    return G, D
+
 
 def with_labels(z, y):
-    """G's input: z [B, z_dim] and the one-hot labels y [B, classes], or [B, 0] without labels."""
+    """G's input: z [B, z_dim] with the one-hot labels y [B, classes], or [B, 0] for none."""
     return torch.cat([z, LABEL_SCALE * y], dim=1)
 
 
 # --- the methods -------------------------------------------------------------------------------
-# A method has two losses: loss_d(D, x, x_fake, y) and loss_g(D, x_fake, y, z, progress).
-# x, x_fake: data and G's pictures. z: its noise. y: the labels that G was given, one-hot
-# [B, classes], or [B, 0]. progress: grows from 0 to 1 during training. D(x, y) returns scores and
-# guesses of the label; an autoencoder returns errors and codes. Where scores are enough, d_of and
-# g_of make these two losses from those of the idea.
+# A method has two losses: loss_d(D, x, x_fake, y) and loss_g(D, x_fake, y, z, progress). x: data.
+# x_fake: G's pictures. z: noise. y: labels that G was given, one-hot [B, classes] or [B, 0].
+# progress: from 0 to 1 during training. D(x, y) returns scores and guesses of the label, an
+# autoencoder errors and codes. Where scores are enough, d_of and g_of make a method's losses.
 
 def d_of(d, penalty=None):
-    """loss_d: D minimises d(scores of the data, scores of the fakes) + LAMBDA penalty."""
+    """loss_d: d(scores of the data, scores of the fakes) + LAMBDA penalty(critic, x, x_fake)."""
     def loss_d(D, x, x_fake, y):
-        extra = LAMBDA * penalty(lambda x: D(x, y)[0], x, x_fake) if penalty else 0.0
-        return d(D(x, y)[0], D(x_fake, y)[0]) + extra
+        added = LAMBDA * penalty(lambda x: D(x, y)[0], x, x_fake) if penalty else 0.0
+        return d(D(x, y)[0], D(x_fake, y)[0]) + added
     return loss_d
 
+
 def g_of(g):
-    """loss_g: G minimises g(scores of the fakes)."""
+    """loss_g: g(scores of the fakes)."""
     return lambda D, x_fake, y, z, progress: g(D(x_fake, y)[0])
 
 
@@ -289,38 +290,39 @@ def acgan_d(bce, D, x, x_fake, y):
     score, guess = D(torch.cat([x, x_fake]))
     return bce(*score.split(len(x))) + F.cross_entropy(guess, torch.cat([y, y]))
 
+
 def infogan_d(bce, D, x, x_fake, y):
-    """infogan: labels are made up, and D guesses those of fakes. Minus the cross-entropy is a lower
-    bound on the mutual information of label and picture, up to a constant (Chen et al. 2016)."""
+    """infogan: labels are made up, and D guesses those of fakes. Minus the cross-entropy plus a
+    constant is a lower bound on the mutual information of label and picture (Chen et al. 2016)."""
     score, guess = D(torch.cat([x, x_fake]))
     return bce(*score.split(len(x))) + F.cross_entropy(guess[len(x):], y)
 
+
 def guessed_g(D, x_fake, y, z, progress):
-    """acgan, infogan: G also wants D to guess the label right."""
+    """acgan, infogan: D should call the fakes real, and guess their labels."""
     score, guess = D(x_fake)
     return nonsaturating_g(score) + F.cross_entropy(guess, y)
 
 
 def mode_seeking_g(D, x_fake, y, z, progress):
-    """mode-seeking: the pictures of half of the batch must differ from those of the other half."""
+    """mode-seeking: the pictures of one half of the batch must differ from those of the other."""
     n = len(z) // 2
     alike = mode_seeking(x_fake[:n], x_fake[n:2 * n], z[:n], z[n:2 * n])
     return nonsaturating_g(D(x_fake)[0]) + LAMBDA_MS * alike
 
 
 def balanced_d(D, x, x_fake, y):
-    """began: k, which is stored in D, keeps the errors of data and fakes in balance."""
+    """began: k is stored in D; after each loss, began_k sets the next one."""
     real, fake = D(x)[0], D(x_fake)[0]
     loss = began_d(real, fake, D.k.item())
     D.k.fill_(began_k(D.k.item(), real, fake, LAMBDA_K, GAMMA))
     return loss
 
-def pulled_apart(start, end):
-    """loss_g of ebgan and began: D's error and pull_away, whose weight goes from start to end."""
-    def loss_g(D, x_fake, y, z, progress):
-        error, codes = D(x_fake)
-        return error.mean() + (start + progress * (end - start)) * pull_away(codes)
-    return loss_g
+
+def pulled_apart(start, end, D, x_fake, y, z, progress):
+    """ebgan, began: D's error and pull_away, whose weight goes from start to end in a run."""
+    error, codes = D(x_fake)
+    return error.mean() + (start + progress * (end - start)) * pull_away(codes)
 
 
 class Method(NamedTuple):
@@ -329,19 +331,18 @@ class Method(NamedTuple):
     loss_g: Callable
     lr_d: float = 5e-4         # learning rates
     lr_g: float = 2e-3
-    logits: bool = True        # are D's scores logits? If so, the log shows σ of them
-    clip: float = 0.0          # D's weights are kept in [-clip, clip]; 0: they are free
-    labels: str = ""           # of G: none, those of the "data", or "made up"
-    conditional: bool = False  # does D get the labels, too?
-    code: int = 0              # length of the codes if D is an autoencoder
-    share: float = 1.0         # of --steps
-    d_steps: int = 1           # steps of D for each of G
-    eps: float = 1e-8          # G's Adam divides by √(mean of g²) + eps
+    logits: bool = True        # D's scores are logits: the log has the mean of σ(score)
+    clip: float = 0.0          # D's weights are clipped to [-clip, clip]; 0: they are not
+    labels: str = ""           # that G is given: "" (none), "data" (those of x), or "made up"
+    conditional: bool = False  # D is given them, too
+    code: int = 0              # D is an autoencoder with codes of this length
+    length: float = 1.0        # of a training run, in units of --steps
+    d_steps: int = 1           # steps of D for each step of G
+    eps: float = 1e-8          # G's Adam divides by √(mean of gradient²) + eps
 
 
 def methods(bce=bce_d):
-    """The table {name: Method}. bce: bce_d with the labels that the flags ask for. The numbers
-    after the two losses are the learning rates of D and G."""
+    """{name: Method}. bce: bce_d with the labels of the flags. After the losses: lr_d and lr_g."""
     table = {
         "minimax": Method(d_of(bce), g_of(minimax_g)),
         "nonsaturating": Method(d_of(bce), g_of(nonsaturating_g)),
@@ -353,25 +354,24 @@ def methods(bce=bce_d):
         "cgan": Method(d_of(bce), g_of(nonsaturating_g), labels="data", conditional=True),
         "acgan": Method(partial(acgan_d, bce), guessed_g, 1e-3, 1e-3, labels="data"),
         "infogan": Method(partial(infogan_d, bce), guessed_g, 1e-3, 1e-3, labels="made up",
-                          share=1.25),
+                          length=1.25),
         "mode-seeking": Method(d_of(bce), mode_seeking_g),
-        # In the paper pull_away has weight 0.1. With a slower D some z give grey pictures
-        "ebgan": Method(d_of(partial(ebgan_d, margin=MARGIN)), pulled_apart(1.0, 1.0), 2e-3, 2e-3,
-                        logits=False, code=64),
-        # Not in the paper: pull_away. Without it G generates little else than the digit 1, which is
-        # the easiest to redraw; at the end of training it would deform digits. With codes of 64
-        # values the autoencoder redraws bad pictures well, too
-        "began": Method(balanced_d, pulled_apart(2.5, 0.0), 1e-3, 1e-3, logits=False, code=16,
-                        share=2.0)}
-    # D far ahead. Adam divides a gradient by its own size, so that even 1e-6 gives a full step and
-    # saturation does not show. With a larger eps a small gradient gives a small step
-    ahead = dict(lr_d=2e-3, lr_g=4e-3, d_steps=3, eps=3e-3, share=0.2)
+        # In the paper the weight of pull_away is 0.1. With a smaller lr_d some pictures are grey
+        "ebgan": Method(d_of(partial(ebgan_d, margin=MARGIN)), partial(pulled_apart, 1.0, 1.0),
+                        2e-3, 2e-3, logits=False, code=64),
+        # pull_away is not in the paper. Without it G generates little but ones, which are easy to
+        # reconstruct; at the end it would deform digits. With longer codes D reconstructs too much
+        "began": Method(balanced_d, partial(pulled_apart, 2.5, 0.0), 1e-3, 1e-3, logits=False,
+                        code=16, length=2.0)}
+    # D far ahead. Adam divides a gradient by its own size, so that even 1e-6 makes a full step, and
+    # saturation does not show. With a larger eps a small gradient makes a small step
+    ahead = dict(lr_d=2e-3, lr_g=4e-3, d_steps=3, eps=3e-3, length=0.2)
     return table | {f"{name}-ahead": table[name]._replace(**ahead)
                     for name in ("minimax", "nonsaturating", "lsgan")}
 
 
 METHODS = methods()
-MISTAKES = {  # of the reports' GANs, for --break, and the methods that can have them
+MISTAKES = {  # found in the reports; --break repeats one of them, in these methods
     "double-sigmoid": ["minimax", "nonsaturating", "minimax-ahead", "nonsaturating-ahead"],
     "averaged-log": ["minimax", "nonsaturating", "minimax-ahead", "nonsaturating-ahead"],
     "mse-sigmoid": ["lsgan", "lsgan-ahead"]}
@@ -379,9 +379,10 @@ MISTAKES = {  # of the reports' GANs, for --break, and the methods that can have
 
 def broken(method, mistake):
     """The method with one of the MISTAKES."""
-    if mistake == "averaged-log":  # loss_d is the mean of its two terms, not their sum
+    if mistake == "averaged-log":  # the mean of the two terms, not their sum
         return method._replace(loss_d=lambda *args: method.loss_d(*args) / 2)
-    # D ends in a sigmoid; the loss takes this for a logit, or its squared distance to 0 and 1
+    # D gets a sigmoid at its end. The loss takes its output for a logit, or for the score of lsgan.
+    # The log gets the scores of D without this sigmoid, which are logits
     with_sigmoid = lambda D: lambda x, y: (D(x, y)[0].sigmoid(), None)
     return method._replace(loss_d=lambda D, *args: method.loss_d(with_sigmoid(D), *args),
                            loss_g=lambda D, *args: method.loss_g(with_sigmoid(D), *args),
@@ -390,15 +391,12 @@ def broken(method, mistake):
 
 # --- train -------------------------------------------------------------------------------------
 
-def noisy(x, std):
-    """x + normal noise of standard deviation std."""
-    return x + std * torch.randn_like(x) if std else x
-
 def labels_for_g(kind, x, y, classes):
-    """One-hot labels for G, [B, classes] or [B, 0]; kind: Method.labels; y: labels of the data."""
+    """G's labels, one-hot [B, classes], or [B, 0]. kind: Method.labels; y: labels of the data x."""
     if kind == "made up":
         y = torch.randint(classes, (len(x),), device=x.device)
     return F.one_hot(y, classes).float() if kind else x.new_zeros(len(x), 0)
+
 
 def optimisers(args, method, G, D, steps, side):
     """Adam for D and G, and the schedules of their learning rates."""
@@ -417,32 +415,31 @@ def optimisers(args, method, G, D, steps, side):
 
 
 def train(run, args, method, images, classes):
-    """Trains one method; returns an average of G over the last steps, and its input for samples.
-
-    run is a helper: it supplies batches, counts steps, and logs, saves and plots."""
+    """Trains a method; returns an average of G, and the input for samples. run: see 01_vae.py."""
     torch.manual_seed(args.seed)
     z = torch.randn(args.n_samples, args.z_dim)  # the same for every method
     y = F.one_hot(torch.arange(len(z)) % classes, classes)[:, :classes * bool(method.labels)]
     z_fixed = with_labels(z, y).to(run.device)
     c, side = images.x.shape[1:3]
-    steps = max(1, round(args.steps * method.share))
+    steps = max(1, round(args.steps * method.length))
     G, D = (net.to(run.device) for net in build(args, method, c, side, classes))
     opt_d, opt_g, schedule_d, schedule_g = optimisers(args, method, G, D, steps, side)
-    average = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(
-        math.exp(-4 / (steps * args.g_steps))))  # over about a quarter of the steps
+    decay = math.exp(-4 / (steps * args.g_steps))  # an average over about a quarter of the steps
+    average = swa_utils.AveragedModel(G, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     batches = run.batches(images, args.batch)
 
     for step in run.steps(steps, G=G, D=D, average=average, opt_g=opt_g, opt_d=opt_d,
                           schedule_g=schedule_g, schedule_d=schedule_d):
-        std = args.input_noise * (1 - step / steps)  # of noise on D's input
+        std = args.input_noise * (1 - step / steps)
+        noisy = lambda x: x + std * torch.randn_like(x) if std else x  # for D's input
 
-        # D's half: D minimises loss_d on data x and pictures G(z). G stays as it is: detach
+        # D's step: D minimises loss_d. detach() stops the gradient: it does not reach G
         for _ in range(args.d_steps or method.d_steps):
             x, y = next(batches)
             y = labels_for_g(method.labels, x, y, classes)
             z = torch.randn(len(x), args.z_dim, device=run.device)
             x_fake = G(with_labels(z, y))
-            loss_d = method.loss_d(D, noisy(x, std), noisy(x_fake.detach(), std), y)
+            loss_d = method.loss_d(D, noisy(x), noisy(x_fake.detach()), y)
             if args.r1:
                 loss_d = loss_d + args.r1 / 2 * r1_penalty(lambda x: D(x, y)[0], x)
             opt_d.zero_grad()
@@ -451,12 +448,12 @@ def train(run, args, method, images, classes):
             if method.clip:
                 clip(D, method.clip)
 
-        # G's half: G minimises loss_g. backward() passes through D; inputs: D stays as it is
+        # G's step: G minimises loss_g. backward() passes through D, but stores no gradient there
         for g_step in range(args.g_steps):
-            if g_step:  # the first of these steps takes the pictures that D has just seen
+            if g_step:  # the first of these steps uses the pictures that D has just seen
                 z = torch.randn(len(x), args.z_dim, device=run.device)
                 x_fake = G(with_labels(z, y))
-            loss_g = method.loss_g(D, noisy(x_fake, std), y, z, step / steps)
+            loss_g = method.loss_g(D, noisy(x_fake), y, z, step / steps)
             opt_g.zero_grad()
             loss_g.backward(inputs=tuple(G.parameters()))
             opt_g.step()
@@ -469,17 +466,17 @@ def train(run, args, method, images, classes):
             run.add_to_row(**readings(method, G, D, x, x_fake.detach(), y, z))
             tell_causes(run, args, method, x, x_fake)
         if run.at(SNAPSHOTS):
-            update_bn(z_fixed[:1000].split(1000), average)
+            swa_utils.update_bn(z_fixed[:1000].split(1000), average)
             run.snapshot(generate(average, z_fixed[:36]))
 
     # The batch norm statistics in `average` belong to other weights: compute them again
-    update_bn(z_fixed.split(1000), average)
+    swa_utils.update_bn(z_fixed.split(1000), average)
     return average.module, z_fixed
 
 
 @torch.no_grad()
 def generate(G, z):
-    """G(z) with the batch norm of evaluation, a thousand at a time."""
+    """G(z) in evaluation mode (batch norm has fixed statistics), a thousand z at a time."""
     G.eval()
     x = torch.cat([G(part) for part in z.split(1000)])
     G.train()
@@ -487,18 +484,17 @@ def generate(G, z):
 
 
 def readings(method, G, D, x, x_fake, y, z):
-    """A dict of what the log has beside the losses. D(x), D(G(z)): mean scores, of logits mean σ.
-    slope: Σ_b |∂loss_G / ∂score_b|: since loss_G is a mean, the average derivative for one picture.
-    gradient: the norm of the gradient in all weights of G. Call it after a step of G."""
+    """More numbers for the log, after a step of G. D(x), D(G(z)): the mean score; for logits, of σ.
+    slope: Σ_b |∂loss_G / ∂score_b|. As loss_G is a mean over b, this sum is the average for one
+    picture. gradient: the norm of the gradient in all weights of G."""
     with torch.no_grad():
         (real, _), (fake, other) = D(x, y), D(x_fake, y)
-    fake.requires_grad_()  # the derivative in D's scores: D is replaced by what it has returned
+    fake.requires_grad_()  # loss_g as a function of D's scores: in place of D, what it returned
     loss_g = method.loss_g(lambda x, y=None: (fake, other), x_fake, y, z, 1.0)
     slope, = torch.autograd.grad(loss_g, fake)
     means = [(a.sigmoid() if method.logits else a).mean().item() for a in (real, fake)]
-    gradient = nn.utils.get_total_norm([p.grad for p in G.parameters()]).item()
     numbers = {"D(x)": means[0], "D(G(z))": means[1], "slope": slope.abs().sum().item(),
-               "gradient": gradient}
+               "gradient": nn.utils.get_total_norm([p.grad for p in G.parameters()]).item()}
     if method.loss_d is balanced_d:
         numbers["convergence"] = began_convergence(real, fake, GAMMA)
     return numbers
@@ -507,8 +503,8 @@ def readings(method, G, D, x, x_fake, y, z):
 # --- measures ----------------------------------------------------------------------------------
 
 def output_fault(x, x_fake):
-    """What training cannot fix in G's pictures x_fake [B, C, H, W], as text, or None: a shape other
-    than that of the data x, or pixels that do not depend on z."""
+    """A fault of G's pictures x_fake [B, C, H, W] that training cannot fix, as text, or None: their
+    shape is not that of the data x, or some pixels do not depend on z."""
     if x.shape[1:] != x_fake.shape[1:]:
         return f"the data are {tuple(x.shape[1:])}, G generates {tuple(x_fake.shape[1:])}"
     constant = (x_fake == x_fake[:1]).all(dim=0)
@@ -516,34 +512,33 @@ def output_fault(x, x_fake):
         return (f"{constant.float().mean():.1%} of G's pixels are the same for every z: "
                 f"{x_fake[0][constant].mean():g}, the commonest value of the data is "
                 f"{x.flatten().mode().values:g}")
-    return None
 
 
 def fingerprint(loss_d, loss_g, real_label=1.0):
-    """The likely cause of two losses that stand still, as text, or None if none is known. Nats.
-    loss_d: by bce_d, the sum of its two terms or their mean. loss_g: by minimax_g or
-    nonsaturating_g; its sign does not matter. real_label: above 0, to 1."""
-    def cross_entropy(a):  # of the data, if their logit is a
+    """The likely cause of two losses that have stopped moving, as text, or None if none is known.
+    loss_d: of bce_d, the sum of its two terms or (a mistake) their mean, nats. loss_g: of minimax_g
+    or nonsaturating_g; its sign does not matter. real_label: above 0, to 1."""
+    def data_term(a):  # of bce_d, if D gives the logit a to all data
         return real_label * math.log1p(math.exp(-a)) + (1 - real_label) * math.log1p(math.exp(a))
 
-    log_2, best = math.log(2), math.log(real_label / max(1 - real_label, 1e-17))  # D's best logit
-    sure, entropy = min(1.0, max(0.0, best)), cross_entropy(best)  # sure: its best probability
-    known = [  # loss_d, |loss_g|, how near the latter must be, the cause
+    best = math.log(real_label / max(1 - real_label, 1e-17))  # the logit with the least data_term
+    squashed = min(1.0, max(0.0, best))  # the best if D can only return values of a sigmoid
+    log_2, entropy = math.log(2), data_term(best)
+    known = [  # loss_d, |loss_g|, tolerance of |loss_g|, cause
         (2 * log_2, log_2, 0.005, "D says 1/2 to all: the start, a balance, or D learns nothing"),
-        (cross_entropy(sure) + log_2, log_2, 0.005, "a sigmoid applied twice: D must return "
-         f"logits, and these are probabilities, {sure:.3g} for data and 0 for fakes"),
+        (data_term(squashed) + log_2, log_2, 0.005, "a sigmoid applied twice: D must return "
+         f"logits, and these are probabilities, {squashed:.3g} for data and 0 for fakes"),
         (0.0, 1.0, 0.05, "squared errors of a sigmoid saturate, too: D must return raw scores"),
         (entropy, 0.0, 0.005, "D is perfect and the minimax G has no gradient: use nonsaturating"),
         (entropy, 0.0, math.inf, f"D is perfect: its loss is the entropy of label {real_label:g}")]
     for scale, halves in ((1.0, ""), (0.5, " (loss_d is the mean of its halves, not the sum)")):
-        for d, g, near, cause in known:
-            if abs(loss_d - scale * d) < 0.005 and abs(abs(loss_g) - g) < near:
+        for d, g, tolerance, cause in known:
+            if abs(loss_d - scale * d) < 0.005 and abs(abs(loss_g) - g) < tolerance:
                 return cause + halves
-    return None
+
 
 def tell_causes(run, args, method, x, x_fake):
-    """Prints why G does not learn, where that is known, each cause once: a fault, or a fingerprint
-    that fits all of the last three rows of the log."""
+    """Prints known causes, each once: a fault, or a fingerprint that the last three rows share."""
     rows, told = [r for r in run.rows if r["model"] == run.name], run.extra.setdefault("told", [])
     if len(rows) == 1 and (fault := output_fault(x, x_fake)):
         print(f"{run.name}: training cannot fix this: {fault}")
@@ -555,29 +550,31 @@ def tell_causes(run, args, method, x, x_fake):
 
 
 def measure(x, y, images, labels=""):
-    """A dict of numbers for samples x [N, C, H, W]; y [N]: their labels, of the kind Method.labels.
-    distance: to the nearest training picture. classes: the number of labels that those have; kl:
-    of their histogram to the uniform one, nats."""
+    """A dict for samples x [N, C, H, W] that were made for labels y [N]; labels: Method.labels.
+    distance: to the nearest training picture, whose label is taken as the class of the sample.
+    classes: how many classes occur. kl: of their histogram to the uniform one, nats."""
     distance, nearest = common.nearest(x, images)
     numbers = {"distance": distance.mean().item(), "specks": specks(x[:N_SPECKS])}
     if images.y is not None:
-        found, k = images.y[nearest].cpu(), int(images.y.max()) + 1
-        p = torch.bincount(found, minlength=k).double() / len(found)
-        numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, k * p).sum().item()}
+        found, n = images.y[nearest].cpu(), int(images.y.max()) + 1
+        p = torch.bincount(found, minlength=n).double() / len(found)
+        numbers |= {"classes": int((p > 0).sum()), "kl": torch.special.xlogy(p, n * p).sum().item()}
         if labels:
             numbers["label accuracy"] = label_accuracy(y, found, labels == "made up")
     return numbers
 
+
 def label_accuracy(y, found, made_up=False):
-    """Share of pictures made for the labels y [N] in which that class was found, found [N].
-    made_up: each label stands for the class that was found most often for it."""
+    """Share of samples whose class found [N] is the label y [N] that they were made for.
+    made_up: a label then stands for the class that was found most often for it."""
     if made_up:
         return sum(found[y == label].bincount().max().item() for label in y.unique()) / len(y)
     return (found == y).float().mean().item()
 
+
 def specks(x):
-    """Salt and pepper in pictures x [N, C, H, W]: the mean number, for a picture, of pixels that
-    are lighter than all eight neighbours by more than 0.5 (a quarter of the range), or darker."""
+    """Specks (salt and pepper) in a picture of x [N, C, H, W], on average: pixels that are lighter
+    than all eight neighbours by more than 0.5, a quarter of the range, or darker than all."""
     patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None], 3)
     lighter = (patches[:, 4:5] - patches)[:, [0, 1, 2, 3, 5, 6, 7, 8]]    # [N C, 8, H W]
     return ((lighter > 0.5).all(dim=1) | (lighter < -0.5).all(dim=1)).sum().item() / len(x)
@@ -586,7 +583,7 @@ def specks(x):
 # --- figures -----------------------------------------------------------------------------------
 
 def figures(args, images, table, done, log):
-    """samples.png, saturation.png, curves.png. table: the methods; done: results by name."""
+    """samples.png, saturation.png, curves.png. table: {name: Method}; done: {name: results}."""
     title = f"GAN losses on {images.name}, seed {args.seed}, same z" + (
         f", --break {args.breaks}" if args.breaks else "")
     cells = {"data": ("data\n", common.panel(images.x[:64]))}
@@ -605,12 +602,13 @@ def figures(args, images, table, done, log):
         "loss_d": "loss of D", "loss_g": "loss of G", "D(x)": "D(x): D's output for data",
         "D(G(z))": "D(G(z)): and for fakes", "gradient": "norm of the gradient in G"}, title)
 
+
 def plot_slopes(table, log, ax):
-    """|∂loss_G / ∂score| against D(G(z)), computed for all scores and measured in training."""
+    """|∂loss_G / ∂score| against D(G(z)): computed for all scores (lines), measured (dots)."""
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
         scores = torch.linspace(-8, 8, 1601, requires_grad=True)
         loss_g = table[name].loss_g(lambda x, y: (scores, None), None, None, None, 1.0)
-        slope, = torch.autograd.grad(len(scores) * loss_g, scores)
+        slope, = torch.autograd.grad(len(scores) * loss_g, scores)  # loss_g is a mean
         p = (scores.sigmoid() if table[name].logits else scores).detach()
         ax.plot(p, slope.abs(), f"C{colour}", label=name)
         rows = [row for row in log if row["model"] in (name, f"{name}-ahead")]
@@ -619,8 +617,9 @@ def plot_slopes(table, log, ax):
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 3), xlabel="D(G(z))", ylabel="|∂loss_G / ∂score|")
     ax.legend(fontsize=8)
 
+
 def plot_gradients(log, ax):
-    """The norm of the gradient in G's weights against the step. Colours: those of plot_slopes."""
+    """The norm of the gradient in G's weights, of the -ahead runs. Colours as in plot_slopes."""
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
         rows = [row for row in log if row["model"] == f"{name}-ahead"]
         ax.semilogy([row["step"] for row in rows], [row["gradient"] for row in rows], f"C{colour}")
