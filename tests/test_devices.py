@@ -58,6 +58,7 @@ def meta(monkeypatch):
     monkeypatch.setattr(common.Run, "at", lambda run, shares: False)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: 9)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)  # nothing is refused
     monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: 1.0)
     monkeypatch.setattr(losses, "output_fault", lambda x, x_fake: None)
     monkeypatch.setattr(F, "one_hot", one_hot)

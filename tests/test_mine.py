@@ -29,7 +29,7 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):        # right, but for what it ha
     return data + kl, data, kl
 
 def negative_elbo(log_px_z, mu, logvar, kl_weight=1.0):  # right; its words of refusal are its own
-    if log_px_z.ndim != 2 or log_px_z.shape[1:] != mu.shape[:1]:
+    if log_px_z.ndim != 2 or len(log_px_z) < 1 or log_px_z.shape[1:] != mu.shape[:1]:
         raise ValueError("sizes")
     return kl_weight * kl_standard_normal(mu, logvar) - log_px_z.mean(0)
 
@@ -70,11 +70,11 @@ def test_right_functions_hold_and_wrong_ones_fail_each_in_its_lines(beside):
     assert status == 1
     for line in ("kl_standard_normal (chapter 01)", "wgan_g (chapter 02)", "wgan_g (chapter 07)"):
         assert re.search(rf"^{re.escape(line)}: all \d propert\w+ hold", said, re.MULTILINE)
-    assert "\nnegative_elbo (chapter 01): all 3 properties hold\n" in said
+    assert "\nnegative_elbo (chapter 01): all 4 properties hold\n" in said
     assert "\nreparameterise (chapter 01), formula: 1 of 2 fail\n" \
         "  samples have the mean and the variance asked for, for seed=0: their variance" in said
     assert "\nvae_loss (chapter 01), formula: all 2 hold\n" in said
-    assert "\nvae_loss (chapter 01), edge cases: 1 of 1 fail\n" \
+    assert "\nvae_loss (chapter 01), edge cases: 2 of 2 fail\n" \
         "  a loss without meaning is refused, for b=2, b_rec=2, x_sigma2=0.0: DID NOT RAISE" in said
     at = STUDENT[:STUDENT.index("no_such_method")].count("\n") + 1
     assert f"AttributeError: 'Tensor' object has no attribute 'no_such_method' (line {at} of " \
