@@ -393,13 +393,13 @@ def draw_transposed_coverage(*panels):
 
 @theme
 def lookups():
-    """Output y_i of an activation depends on x_i only, so its Jacobian is diagonal. One report asks
-    what an embedding is for. Looking rows up saves the multiplication by zeros. Numbers have an
-    order: a linear layer with a threshold says yes from some index on, or up to it, but the words 0
-    to 7 alternate between two classes. In one-hot vectors each word has its own weight."""
+    """Output y_i of an elementwise activation depends on x_i only, so its Jacobian is diagonal. One
+    report asks what an embedding is for. Looking rows up saves the multiplication by zeros. Numbers
+    have an order: a linear layer with a threshold says yes from some index on, or up to it, but the
+    words 0 to 7 alternate between two classes. In one-hot vectors each word has its own weight."""
     x, grad = normal(6), normal(6)
     jacobian, derivative = jacrev(torch.tanh)(x), 1 - torch.tanh(x) ** 2
-    yield holds("activation-jacobian", "Back through an activation, multiply by its derivative.",
+    yield holds("activation-jacobian", "Back through an elementwise activation f, multiply by f'.",
                 *equal((jacobian, torch.diag(derivative)), (grad @ jacobian, grad * derivative)))
     w, index, grad = normal(5, 3), torch.randint(5, (2, 4)), normal(2, 4, 3)
     one_hot = F.one_hot(index, 5).double()
@@ -451,7 +451,7 @@ def attention():
 
 TOPICS["losses"] = """A network learns through the gradient of its loss, a product with a factor
     from every layer. Small factors make it vanish, large ones make it explode, and a factor of zero
-    ends all learning. The last three claims are about counting: what a score and a label say."""
+    stops it. The last three claims are about counting: what a score and a label say."""
 
 
 @theme
@@ -459,10 +459,10 @@ def factors():
     """One report states 0.3 and 0.798. The reason to prefer cross-entropy is its gradient in the
     logit a, where p = σ(a): p - 1, against 2 (p - 1) p (1 - p), which vanishes where the network is
     sure and wrong. σ' is at most 1/4, tanh' is 1 at 0: with torch's initialisation the first of 24
-    layers gets 1e14 times more gradient from tanh, and with Xavier's (Glorot, Bengio 2010) tanh is
-    cured. Weights of standard deviation √(2 / width) preserve the gradient of ReLU (He et al.
-    2015), smaller ones do not. The loss stands still with vanishing gradients, but in a minimum and
-    with a learning rate of 0 as well; the gradient's size at output and input tells these apart."""
+    layers gets 2e14 to 4e14 times more gradient from tanh, and Xavier's (Glorot, Bengio 2010) cures
+    tanh. Weights of standard deviation √(2 / width) preserve the gradient of ReLU (He et al. 2015),
+    smaller ones do not. The loss stands still with vanishing gradients, but in a minimum and with a
+    learning rate of 0 as well; the gradient's size at output and input tells these apart."""
     p, a = 0.45, double(-10.0)
     text = f"{(p - 1) ** 2:.4f}, {-math.log(p):.4f}"
     of_l2, of_bce = (gradient(loss, a).item() for loss in (
@@ -515,7 +515,7 @@ def factors():
 @theme
 def relu():
     """One report calls relu-linear false: the gradient is constant there. One report states
-    relu-sign, but ReLU passes a gradient of either sign where its *input* is positive; only guided
+    relu-sign, but ReLU passes a gradient of either sign where its *input* is positive; guided
     backpropagation (Springenberg et al. 2015) drops negative ones. A step that moves the bias too
     far, here to -50, makes a unit die. In a hidden layer its inputs may move and wake it."""
     of_relu = gradient(lambda x: torch.relu(x).sum(), torch.tensor([1.0, 2.0, 3.0])).tolist()
@@ -587,8 +587,8 @@ def counting():
 # --- optimisation ------------------------------------------------------------------------------
 
 TOPICS["optimisation"] = """Training is a chain of decisions: compute a gradient, estimate it from
-    a small batch, and follow it. The claims go down that chain; the last ones ask what happens if a
-    part of the gradient is cut off, never reset, or disturbed by noise."""
+    a small batch, and follow it. The claims go down that chain; the last ones ask what happens if
+    the gradient is cut off or never reset, or if noise is added to the input."""
 
 
 def mlp_loss(x, y, w1, b1, w2, b2, lam):
@@ -634,7 +634,7 @@ def numeric_grad(f, x, eps=6e-6):
 def backpropagation():
     """One report writes λ ‖W‖_F for the gradient of its regulariser. It is λ W, an entry for each
     weight; ‖W‖_F, the root of the sum of all squared entries, is one number. In one report the
-    output of mlp-backprop lacks a sigmoid, so it is any number, but the loss takes the logs of y
+    output y of mlp-backprop lacks a sigmoid, so it is any number, but the loss takes the logs of y
     and 1 - y, and the products lack the transposes. In numeric-grad cutting the Taylor series costs
     eps (forward) or eps² (central), and rounding costs 2e-16 / eps."""
     w, lam = normal(3, 4), 0.1
@@ -658,7 +658,7 @@ def backpropagation():
     error = lambda eps, back: ((f(x + eps) - f(x - back)) / (eps + back) - of_f).abs().mean().item()
     forward = min(powers, key=lambda power: error(10 ** power, 0))
     central = min(powers, key=lambda power: error(10 ** power, 10 ** power))
-    yield holds("numeric-grad", "Central differences match autograd; best eps: 1e-8 forward, 6e-6 "
+    yield holds("numeric-grad", "Central differences match autograd; best eps ≈ 1e-8 forward, 6e-6 "
                 "central.", "1e-8, 6e-6", f"{10 ** forward:.0e}, {10 ** central:.0e} (difference "
                 f"{difference:.0e})",
                 difference < 1e-8 and abs(forward + 8) < 1.1 and abs(central + 5.2) < 1.1)
@@ -667,10 +667,10 @@ def backpropagation():
 @theme
 def batches():
     """One report defines SGD by one random sample for each step, and mini-batch SGD apart from it:
-    N steps is true, "or a batch" makes N / B. In sgd-unbiased σ² is the variance of single samples'
-    gradients; the check lists all batches of 1, 2, 3 out of 6. One report calls sgd-below-gd false:
-    there is only one batch of all samples. The gradients of parts add up. One report states
-    "decrease" for batch-doubling. Noise is the limit at first, later the curvature."""
+    N steps is true, "or a batch" makes N / B, rounded up. In sgd-unbiased σ² is the variance of
+    single samples' gradients; the check lists all batches of 1, 2, 3 out of 6. One report calls
+    sgd-below-gd false: there is only one batch of all samples. The gradients of parts add up. One
+    report states "decrease" for batch-doubling. First noise is the limit, later the curvature."""
     one, many = (len(torch.arange(1000).split(b)) for b in (1, 64))
     yield refuted("sgd-steps", "SGD makes one step per sample in every epoch, \"using only one "
                   "sample or a batch\".", "1000, 1000 steps", f"{one}, {many} steps (B = 1, 64)",
@@ -727,8 +727,9 @@ def where_descent_ends():
     gradient descent cannot be used: where there is no finite data set, as for the expectation over
     z: every step of a GAN or a VAE is one of SGD. Neither helps where a loss is flat with jumps, as
     the share of wrong answers. One report states newton-ravine, as Newton's steps cost more and end
-    in saddle points. They do, but in a quadratic ravine Newton needs one step, and momentum at its
-    best (Polyak 1964) √κ / 2 log(1/ε) and some more, with κ the ratio of curvatures."""
+    in saddle points. They can, and with d weights each costs d³/3 products, so in time momentum
+    wins if d is large. But in a quadratic ravine Newton needs one step, and momentum at its best
+    (Polyak 1964) √κ / 2 log(1/ε) and some more, with κ the ratio of curvatures."""
     f = lambda x: (x ** 2 - 1) ** 2 + 0.3 * x
     def ends(noise, runs):
         x = torch.full((runs,), 1.5, dtype=torch.float64)
@@ -822,9 +823,9 @@ def inner_loops():
 def never_zeroed():
     """One report sees its loss "exploding exponentially" with gradients that were never zeroed. The
     loss compares the means of z, z² and z⁴ of a batch of codes with those of noise. Each step uses
-    the sum of all gradients so far, which Adam scales to full length. In plain gradient descent
-    that is momentum with factor 1, which the fourth power makes explode, as its curvature grows
-    with z. The learning rate is the largest 0.01 / 2^i at which zeroed gradients stay finite."""
+    the sum of gradients so far, which Adam scales to full length. In plain gradient descent that is
+    momentum with factor 1, which z⁴ makes explode: its curvature grows until learning rate times
+    curvature passes 4. The rate is the largest 0.01 / 2^i at which zeroed gradients stay finite."""
     def losses(optimiser, rate, zeroed, powers=(1, 2, 4)):
         with torch.random.fork_rng(devices=[]):  # the same data, weights and noise each time
             x, w = 2 * torch.rand(256, 8).double(), torch.randn(8, 4).double() / 8 ** 0.5
@@ -871,12 +872,12 @@ def noise_parts(loss, D, x):
 
 @theme
 def noise_on_the_input():
-    """One report quotes this. The noise adds s²/2 (L'' ‖∇D‖² + L' ΔD), and only the first part is a
-    penalty. The second one makes the noise *lower* L = -log σ(D), the loss of real pictures alone,
-    at many of 100 points, and a squared error with random targets as well. What decides is whether
-    L' averages to 0 over the labels at x: it does for a squared error at its minimum (Bishop 1995)
-    and for a GAN's whole loss if D is the best one for the shares of real and fake at x (Roth et
-    al. 2017, arXiv:1705.09367). Then only the penalty is left, and the ratio is 1."""
+    """One report quotes grad-norm-noise. To order s² noise adds s²/2 (L'' ‖∇D‖² + L' ΔD), and only
+    the first part is a penalty. The second makes noise *lower* L = -log σ(D), the loss of real
+    pictures alone, at many of 100 points, and a squared error with random targets as well. What
+    decides is whether L' averages to 0 over the labels at x: it does for a squared error at its
+    minimum (Bishop 1995) and for a GAN's whole loss if D is best for the shares of real and fake at
+    x (Roth et al. 2017, arXiv:1705.09367). Then only the penalty is left, and the ratio is 1."""
     w, v, x = normal(5, 2), normal(5), normal(100, 2)
     D, real = lambda x: torch.tanh(x @ w.T) @ v, lambda d: F.softplus(-d)
     e = double(list(itertools.product(THREE_POINTS, repeat=2)))  # [9, 2], for s = 1
@@ -999,13 +1000,13 @@ def codes():
 @theme
 def vae():
     """log p(x) - ELBO = KL(q ‖ p(z given x)) (Kingma, Welling 2014). The largest mean log p(x), the
-    evidence, is the smallest KL(data ‖ model). One report asks vae-posterior: N(0, I) is the prior,
-    what z is before x is seen, and z is sampled. In no-density G's pictures, with noise s, are a
-    surface: on it the log density rises by log 10 for each power of ten and missing dimension,
-    beside it, it falls to -∞. One report leaves out the 1/2 of kl-closed-form. An encoder gives log
-    σ², which may be any number. In posterior collapse q is the prior for every x. With one code the
-    best ‖w‖² is λ - v, or 0 if λ < v, λ the largest eigenvalue of the data's covariance (Lucas et
-    al. 2019), and the KL log(λ/v)/2. A smaller v (chapter 01: x_sigma2) is a cure."""
+    evidence, is the smallest KL(data ‖ model). One report asks vae-posterior: N(0, I) is the prior
+    of z, before x is seen, and z is sampled. In no-density G's pictures, with noise s, are a
+    surface: on it the log density rises by log 10 for each missing dimension as s falls tenfold;
+    beside, it falls to -∞. One report leaves out the 1/2 of kl-closed-form. An encoder gives log
+    σ², which may be any number. In posterior collapse q is the prior for every x. In a linear VAE
+    with one code the best ‖w‖² is λ - v, or 0 if λ < v, λ the largest eigenvalue of the data's
+    covariance (Lucas et al. 2019), and the KL log(λ/v)/2. A smaller v (01: x_sigma2) is a cure."""
     w, v = normal(5, 2), 0.3
     x = w @ normal(2) + v ** 0.5 * normal(5)
     cov = torch.linalg.inv(torch.eye(2).to(w) + w.T @ w / v)  # of the true posterior of z
@@ -1036,8 +1037,8 @@ def vae():
                 *agree(average.item(), kl_standard_normal(mean, cov).item(), "nats"))
     (w, kl), (w_collapsed, kl_collapsed), (w_two, _) = (
         best_linear_vae(*data) for data in ((1.0, 0.36), (1.0, 1.5), (0.6, 1.0, 2)))
-    yield holds("posterior-collapse", "If a VAE's decoder expects more noise v than the largest "
-                "eigenvalue of the data's covariance, its code says nothing.",
+    yield holds("posterior-collapse", "If a linear VAE's decoder expects more noise v than the "
+                "largest eigenvalue of the data's covariance, its code says nothing.",
                 "0.5108; 0 for v > λ", f"{kl:.4f}; {kl_collapsed:.2g} nats (two pixels of 0.6, v = "
                 f"1: ‖w‖ {w_two:.2f})", abs(w - 0.8) < 1e-9 and w_collapsed == 0
                 and abs(kl - math.log(1 / 0.36) / 2) < ROUNDING and abs(kl_collapsed) < ROUNDING
@@ -1135,7 +1136,7 @@ def saturation():
     derivative D (1 - D) takes the factor away. One report states that with a squared error G's
     gradient vanishes, another that this loss is good. Both are right: on a sigmoid it is
     2 (σ - 1) σ (1 - σ), on raw scores 2 (a - 1) (LSGAN, Mao et al. 2017). Maximising σ² is another
-    loss, with -2 σ² (1 - σ). 1e-8 in the log makes it -σ (1 - σ) / (σ + 1e-8)."""
+    loss, with -2 σ² (1 - σ). In log-plus-eps G's gradient is -σ (1 - σ) / (σ + 1e-8)."""
     at = lambda a, loss: gradient(loss, double(a)).item()
     minimax, D = lambda a: F.logsigmoid(-a), 1 / (1 + math.exp(20))
     low, nonsaturating = at(-20.0, minimax), at(-20.0, lambda a: -F.logsigmoid(a))
@@ -1166,7 +1167,7 @@ def smoothed_d(p, q, real=0.9, fake=0.0):
 def smoothing():
     """One report calls the floor "an asymptotic bound"; its log shows 0.3253. The cross-entropy of
     a label y is H(y) + KL(y ‖ D), the fakes' part is >= 0. Why only real labels? With β = 0, D* is
-    only scaled; with β > 0 it is about β and flat where p is small, so G's pictures find no way to
+    only scaled; with β > 0 it is about β and flat where p is small beside q, and shows G no way to
     the data (Salimans et al. 2016), as log D* shows for p = N(0, 1), q = N(6, 1) at x = 6."""
     a = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
     lowest = F.binary_cross_entropy_with_logits(a, torch.full_like(a, 0.9), reduction="none").min()
@@ -1182,7 +1183,7 @@ def smoothing():
         pairs.append((gradient(loss, smoothed_d(p, q, real, fake)), 0))
         at_6.append(gradient(log_d, double(6.0)).item())
     yield holds("smoothing-optimum", "With real label α, fake label β the best D is (α p + β q) / "
-                "(p + q), flat where p is small if β > 0.", *equal(
+                "(p + q), flat where p is small beside q if β > 0.", *equal(
                     *pairs, note="at x = 6: {:.1f} for β = 0, {:.0e} for 0.1".format(*at_6),
                     and_also=abs(at_6[0] + 6) < 1e-3 and -1e-6 < at_6[1] < -1e-7))
 
@@ -1316,9 +1317,9 @@ def the_smallest_gan():
     0) by the root of its determinant. Both at once: 1 + η² (plain), 1 - (2k - 1) η² (exact), 1 - (k
     - 1) η² (rollback). In turn, as in chapter 03: 1 (plain), 1 - 2k η², 1 - k η². One report found
     k >= 2 for rollback, but it trains in turn: this game does not explain it. Momentum 0.5, Adam's
-    usual beta1 for a GAN, loses the game (Gidel et al. 2019, arXiv:1807.04740). One report asks
-    whether R1 would suit an unrolled GAN. Here one can replace the other: for γ = 2 k η both have
-    the same determinant and trace. R1 (Mescheder et al. 2018) pulls y to 0, unrolling x."""
+    usual beta1 for a GAN, loses the game (Gidel et al. 2019, arXiv:1807.04740). Would R1 suit an
+    unrolled GAN? Here one can replace the other: for γ = 2 k η both have the same determinant and
+    trace. R1 (Mescheder et al. 2018) pulls y to 0, unrolling x."""
     game = lambda **kind: growth(functools.partial(bilinear_step, eta=eta, **kind), 2)
     eta, pairs, works = 0.1, [], {False: [], True: []}
     for in_turn, k in itertools.product((False, True), range(6)):
@@ -1469,7 +1470,7 @@ def blind_spots():
     cov_a, cov_b = turn * a @ turn.T, turn * b @ turn.T
     expected = shift.pow(2).sum() + (a.sqrt() - b.sqrt()).pow(2).sum()
     yield holds("fid-gaussians", "FID of two Gaussians: 0 for equal ones, ‖Δmu‖² + Σ (√a - √b)² if "
-                "the covariances, with eigenvalues a and b, commute.", *equal(
+                "the covariances share eigenvectors, with eigenvalues a and b.", *equal(
                     (frechet_distance(shift, cov_a, 0 * shift, cov_b), expected),
                     (frechet_distance(shift, cov_a, shift, cov_a), 0)))
 
