@@ -3,7 +3,7 @@ r"""04 - Inversion: given a picture x, find the z for which G(z) = x.
 Papers   Creswell, Bharath 2016, arXiv:1611.05644 (gradient descent on z);
          Lipton, Tripathi 2017, arXiv:1702.04782 (pictures of G itself);
          Zhu et al. 2016, arXiv:1609.03552 (an encoder first, then descent)
-Idea     z* = argmin_z ‖G(z) - x‖², the best of R random starts      -> invert()
+Idea     z* = argmin_z ‖G(z) - x‖², the best of R random starts   -> invert()
          An encoder E is trained to predict z; it minimises
          mean (E(G(z)) - z)² + mean (G(E(x)) - x)²             -> encoder_loss()
          Hybrid: one start at E(x), with as many steps as the R starts together.

@@ -1,9 +1,9 @@
-r"""05 - Restoration: a trained generator G fills in the missing part of a picture.
+r"""05 - Restoration: a trained generator G fills in hidden parts of a picture.
 
 Papers   Yeh et al. 2017, arXiv:1607.07539 (the pixels that were seen choose z);
          Bora et al. 2017, arXiv:1703.03208 (min ‖A G(z) - y‖² + λ ‖z‖²)
-Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖², where the mask m is 1 where y
-         was seen and 0 where it is hidden                          -> restore()
+Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖². The mask m is 1 where
+         y was seen and 0 where it is hidden                        -> restore()
          If y = G(z) + noise of variance λ, z* is the most probable z given y.
          The restored picture is m y + (1 - m) G(z*).
          Blind, as in the reports: m = 1, so that G has to fit the damage too.

@@ -1,9 +1,9 @@
-r"""07 - Three ways to bound the slope of D, and two scores for what G generates.
+r"""07 - Three ways to bound the slope of D, and two scores for generators.
 
 Papers   Arjovsky 2017, 1701.07875; Gulrajani 2017, 1704.00028; Miyato 2018,
          1802.05957; scores: Salimans 2016, 1606.03498; Heusel 2017, 1706.08500
-Idea     The slope of D at a picture x is ‖∇D(x)‖. Data p and samples q have the
-         Wasserstein distance max E_p D - E_q D, slopes <= 1       -> wgan_d()
+Idea     The slope of D at a picture x is ‖∇D(x)‖. Data p and samples q have
+         the Wasserstein distance max E_p D - E_q D, slopes <= 1   -> wgan_d()
          To bound the slope: clip D's weights (wgan)               -> clip()
          or divide weights by their top singular value (sn) -> SpectralNorm()
          or add λ E (‖∇D‖ - 1)² to the loss (wgan-gp)  -> gradient_penalty()

@@ -76,8 +76,8 @@ def test_a_batch_of_the_prior_has_a_moment_loss_of_27_over_3_b(seed):
     """About (1 + 2 + 24) / (3 B): the mean varies by 1/B, the variance by 2/B, kurtosis by 24/B."""
     n, d = 2000, 200
     loss = wae.moment_loss(normal(seed, n, d)).item()
-    # 200 coordinates of a law near 24/B χ²: relative deviation √(2/200) = 0.1; 6 of them, and the
-    # kurtosis of 2,000 samples still has heavy tails
+    # 200 coordinates, distributed near 24/B χ²: relative deviation √(2/200) = 0.1; 6 of them, and
+    # the kurtosis of 2,000 samples still has heavy tails
     assert 0.3 < loss / (27 / (3 * n)) < 2
 
 
@@ -213,7 +213,7 @@ def test_mmd_has_mean_zero_for_equal_laws(seed):
 
 @pytest.mark.parametrize("twin", [
     lambda a, b: wae.mmd_imq(a, b) + len(SCALES) / len(a),  # biased
-    lambda a, b: wae.mmd_imq(a, torch.rand_like(a))])       # samples of another law
+    lambda a, b: wae.mmd_imq(a, torch.rand_like(a))])       # another distribution
 def test_an_mmd_of_another_mean_is_rejected(twin):
     assert rejected(mmd_has_mean_zero_for_equal_laws, twin, 0)
 
@@ -238,10 +238,10 @@ def test_each_call_of_mmd_loss_has_new_samples_of_the_prior():
 @about("moment_loss", "mmd_imq")
 def test_three_points_have_the_moments_of_a_normal_and_are_not_one():
     """In exact proportions the moment loss is 0; MMD is 20 times that of as many normal samples."""
-    law = 3 ** 0.5 * torch.tensor([-1.0] + 4 * [0.0] + [1.0]).double().repeat(100)[:, None]
-    assert wae.moment_loss(law).item() < 100 * EPS
+    three = 3 ** 0.5 * torch.tensor([-1.0] + 4 * [0.0] + [1.0]).double().repeat(100)[:, None]
+    assert wae.moment_loss(three).item() < 100 * EPS
     u, v = normal(0, 2, 600, 1)
-    assert wae.mmd_imq(law, u).item() > 20 * abs(wae.mmd_imq(v, u).item())
+    assert wae.mmd_imq(three, u).item() > 20 * abs(wae.mmd_imq(v, u).item())
 
 
 @given(seeds())

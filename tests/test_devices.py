@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import common
 
 losses = importlib.import_module("02_gan_losses")
-TRAININGS = [
+TRAINING_RUNS = [
     *(("01_vae", ["--models", name]) for name in importlib.import_module("01_vae").MODELS),
     ("01_vae", ["--models", "vae", "-k", "3"]), ("01_vae", ["--likelihood", "gaussian"]),
     *(("02_gan_losses", ["--loss", name]) for name in losses.METHODS),
@@ -32,7 +32,7 @@ class Over(Exception):
 
 
 def two_steps(run, total, **parts):
-    """In the place of Run.steps: no checkpoint; ends the run after the last of its trainings."""
+    """In the place of Run.steps: no checkpoint; ends the run after its last training run."""
     run.total, run.extra, run.drawn = total, {}, 0
     for run.step in (1, 2):
         yield run.step
@@ -71,7 +71,7 @@ def meta(monkeypatch):
         tensor.shape, dtype=tensor.dtype))
 
 
-@pytest.mark.parametrize("script, flags", TRAININGS, ids=lambda value: " ".join(value)
+@pytest.mark.parametrize("script, flags", TRAINING_RUNS, ids=lambda value: " ".join(value)
                          if isinstance(value, list) else value)
 def test_a_training_run_stays_on_its_device(script, flags, meta, tmp_path):
     with pytest.raises(Over):
