@@ -16,7 +16,7 @@ Idea     A decoder turns a code z into p(x|z), a distribution of pictures. With
 See      pictures.png: reconstructions and samples. study.png: four short runs
          with Gaussian pixels, three with different variances and one without
          the KL term. Printed: nll, minus the tighter bound, on average above
-         -log p(x): 86.9 nats for 1,000 MNIST test digits (Burda et al.: 86.8).
+         -log p(x): 86.8 nats for 1,000 MNIST test digits (Burda et al.: 86.8).
 Differs  Convolutions with batch norm; in the papers fully connected layers.
 Try      With --z-dim 2, what gets worse, the reconstructions or the samples?
 Run      python 01_vae.py
