@@ -11,15 +11,15 @@ See      process.gif: three GANs on a ring of 8 modes (clusters of the data).
          0 or 1 mode. Unrolled (k = 5) it covers 8, and 96 % of the samples are
          good: within 3 standard deviations of a mode. The plain GAN *without*
          momentum covers 8 as well, with 95 to 96 %, in a quarter of the time.
-Differs  The authors' notebook has beta1 = 0.5; with it 1 of 10 seeds does not
-         collapse here. G is trained on -E log σ(D(G(z))) at θ_D^k, the non-
-         saturating loss. D has one hidden layer. On pictures beta1 is 0.
+Differs  The authors' notebook has beta1 = 0.5, which lets 1 of 10 seeds cover
+         all modes here. G is trained on the non-saturating loss at θ_D^k,
+         -E log σ(D(G(z))). D has one hidden layer. On pictures beta1 is 0.
 Try      --beta1 0 -k 0: does the plain GAN still collapse? And what does
          --method rollback lose? Predict, then run.
-Run      python 03_unrolled_gan.py
-         python 03_unrolled_gan.py --data mnist
+Run      python 03_unrolled_gan.py [--data mnist]
 """
 
+import itertools
 import math
 from functools import partial
 from typing import NamedTuple
@@ -33,12 +33,10 @@ from torch.optim.lr_scheduler import LambdaLR
 import common
 
 # Defaults for every model; a flag (-k, --beta1, --steps, --batch, --eta, --z-dim) overrides one.
-POINTS = dict(k=[0, 0, 5], beta1=[0.7, 0.0, 0.7], steps=9000, batch=256, eta=0.1, z_dim=4,
-              lr_g=2e-3, lr_d=1e-3)
+RING = dict(k=[0, 0, 5], beta1=[0.7, 0.0, 0.7], steps=9000, batch=256, eta=0.1, z_dim=4, lr_d=1e-3)
 # One unrolled step changes D's logit by about eta ‖x‖² (784 eta for a digit): eta must be small.
-PICTURES = dict(k=[0, 2], beta1=[0.0], steps=1600, batch=64, eta=0.005, z_dim=50, lr_g=2e-3,
-                lr_d=5e-4)
-SETTINGS = {"ring": POINTS, "grid": POINTS | dict(steps=12_000)}
+PICTURES = dict(k=[0, 2], beta1=[0.0], steps=1600, batch=64, eta=0.005, z_dim=50, lr_d=5e-4)
+LR_G = 2e-3                      # learning rate of G
 N_SAMPLES = 10_000               # samples that are measured and saved
 SNAPSHOTS = (0.025, 0.1, 0.25, 0.5, 1.0)  # shares of the steps after which process.png is written
 
@@ -52,8 +50,7 @@ def value(D, theta, x, x_fake):
     as one batch, so that batch norm has the statistics of both. D maximises f, G minimises it.
     f = -2 log 2 = -1.386 when D cannot tell the two apart.
     """
-    # functional_call: D as a function of its input and of the weights theta, which need not be
-    # the ones that D holds.
+    # functional_call: D as a function of its input and of any weights theta, not only its own
     logits = torch.func.functional_call(D, theta, (torch.cat([x, x_fake]),))
     logits_real, logits_fake = logits.split([len(x), len(x_fake)])
     return F.logsigmoid(logits_real).mean() + F.logsigmoid(-logits_fake).mean()
@@ -86,8 +83,8 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
     exact: its gradient in θ_G is ∂f/∂θ_G + ∂f/∂θ_D^k · dθ_D^k/dθ_G; the second term is D's
     reaction. If False ("rollback"), θ_D^k is a constant, as if a copy of D was trained for k steps.
     saturating=False gives the loss that this chapter trains G on: -mean log σ(D(x_fake)) at the
-    same θ_D^k. Its gradient does not vanish where D is sure of a fake. D does not change. To keep
-    D's .grad empty as well, ask for G's gradient alone: loss.backward(inputs=list(G.parameters())).
+    same θ_D^k. Its gradient does not vanish where D is sure of a fake. D does not change; for its
+    .grad to stay empty, ask for G's gradient alone: loss.backward(inputs=list(G.parameters())).
     """
     theta = unroll(D, x, x_fake, k, eta, exact)
     if saturating:
@@ -97,28 +94,17 @@ def unrolled_loss_g(D, x, x_fake, k, eta, exact=True, saturating=True):
 
 # --- model -------------------------------------------------------------------------------------
 
-class Scale(nn.Module):
-    """x -> factor * x."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return self.factor * x
-
-
 def plane_nets(d_z):
     """For points in the plane: G [B, d_z] -> [B, 2], D [B, 2] -> logits [B].
 
     D has one hidden layer on purpose: with two, the plain GAN covers all 8 modes of the ring. G is
     continuous, so some samples fall between two modes. They are fewer if z is short and the initial
-    weights are large (orthogonal, gain 1.6). x / 4 brings the data to a scale of 1.
+    weights are large (orthogonal, gain 1.6).
     """
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
-    D = nn.Sequential(Scale(1 / 4), nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 1),
-                      nn.Flatten(0))                                         # [B]
+    D = nn.Sequential(nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 1), nn.Flatten(0))  # [B]
+    D.register_forward_pre_hook(lambda D, inputs: (inputs[0] / 4,))  # D sees x / 4, of size 1
     for layers, gain in ((G[:-1], 1.6), ([G[-1], *D], 0.8)):
         for layer in layers:
             if isinstance(layer, nn.Linear):
@@ -184,22 +170,10 @@ def ring(m=8, radius=2.0):
     return radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def grid(m=5, spacing=2.0):
-    """m² centres [m², 2] of a square grid around the origin."""
-    line = spacing * (torch.arange(m) - (m - 1) / 2)
-    return torch.cartesian_prod(line, line)
-
-
 def gaussian_mixture(centres, std, n):
     """n samples [n, 2] of the mixture with equal weights and standard deviation std."""
     chosen = centres[torch.randint(len(centres), (n,), device=centres.device)]
     return chosen + std * torch.randn_like(chosen)
-
-
-def point_batches(data):
-    """Endless batches of a Mixture."""
-    while True:
-        yield gaussian_mixture(data.centres, data.std, data.batch)
 
 
 # --- train -------------------------------------------------------------------------------------
@@ -208,18 +182,18 @@ def train(run, args, data, k, beta1):
     """Trains one GAN with k unrolled steps of D; returns G and the z of its samples.
 
     data: a Mixture, or Images with x and y. beta1: Adam's momentum, the weight of earlier steps in
-    its running mean of the gradient. run.add_to_row adds numbers to the log; run.extra collects
-    what the figures need.
+    its running mean of the gradient. run.extra collects what the figures need.
     """
     torch.manual_seed(args.seed)  # every model starts from the same networks
     if isinstance(data, Mixture):
-        (G, D), batches = plane_nets(args.z_dim), point_batches(data)
+        G, D = plane_nets(args.z_dim)
+        batches = (gaussian_mixture(data.centres, data.std, data.batch) for _ in itertools.count())
     else:
         G, D = image_nets(args.z_dim, *data.x.shape[1:])
         batches = (x for x, _ in run.batches(data, args.batch))
     G, D = G.to(run.device), D.to(run.device)
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999), fused=True)
-                    for net, lr in ((G, args.lr_g), (D, args.lr_d)))
+                    for net, lr in ((G, LR_G), (D, args.lr_d)))
     schedule_g, schedule_d = (  # constant for half of the steps, then linear to 0
         LambdaLR(opt, lambda step: min(1, 2 - 2 * step / args.steps)) for opt in (opt_g, opt_d))
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
@@ -266,8 +240,7 @@ def measure(x, data):
     good: share of the samples within 3 standard deviations of the nearest centre, 0 to 1. modes:
     how many centres have a good sample among the first 2,500 (while training: 1,000). kl: KL(shares
     of the modes among the good samples ‖ equal shares), nats. For pictures: distance to the nearest
-    training picture, whose class is taken as that of the sample; classes: how many occur; kl of
-    their shares.
+    training picture, whose class is taken as that of the sample; classes: how many occur; their kl.
     """
     if isinstance(data, Mixture):
         distance, nearest = torch.cdist(x, data.centres).min(dim=1)
@@ -284,8 +257,7 @@ def measure(x, data):
 
 
 def kl_to_uniform(counts):
-    """Σ p log(K p), nats, p = counts / sum: 0 if all K are equal, log K if one has all. nan if the
-    sum is 0."""
+    """Σ p log(K p), p = counts / sum, nats: 0 if all are equal, log K if one has all; nan if 0."""
     p = counts.cpu().double() / counts.sum().cpu()
     return torch.special.xlogy(p, len(p) * p).sum().item()
 
@@ -294,8 +266,7 @@ def kl_to_uniform(counts):
 
 @torch.no_grad()
 def snapshot(samples, D, data):
-    """What a panel shows: 36 pictures; or points, and D's probability of real on a grid of 60 x 60
-    places around them."""
+    """For a panel: 36 pictures; or points, and D's probability of "real" on 60 x 60 places."""
     if not isinstance(data, Mixture):
         return {"samples": common.to_uint8(samples[:36]).cpu()}
     line = torch.linspace(-data.side, data.side, 60, device=samples.device)
@@ -309,16 +280,16 @@ def plot_snapshot(ax, data, samples, levels=None):
     if not isinstance(data, Mixture):
         return common.panel(samples, columns=6)(ax)
     if levels is not None:
-        line, heights = (torch.linspace(*ends).numpy()
-                         for ends in ((-data.side, data.side, 60), (0, 1, 21)))
+        line = torch.linspace(-data.side, data.side, 60).numpy()
+        heights = torch.linspace(0, 1, 21).numpy()
         ax.contourf(line, line, levels.numpy(), heights, cmap="RdBu", vmin=0.35, vmax=0.65,
                     alpha=0.7)
         ax.contour(line, line, levels.numpy(), heights, colors="grey", linewidths=0.3)
     ax.scatter(*data.centres.cpu().T.numpy(), s=70, facecolors="none", edgecolors="black",
                linewidths=0.6)
     ax.scatter(*samples.T.numpy(), s=2, color="black", linewidths=0)
-    ax.set(xlim=(-data.side, data.side), ylim=(-data.side, data.side), xticks=[], yticks=[],
-           aspect="equal")
+    limits = -data.side, data.side
+    ax.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal")
 
 
 def caption(row):
@@ -337,7 +308,12 @@ def plot_process(run, args, data):
         cells += [(title, partial(plot_snapshot, data=data, **panel))
                   for step, (title, panel) in snapshots.items() if step in shown]
         rows.append((name, cells))
-    common.save_panels(args.out / "process.png", rows, title_of(args, data))
+    title = f"Unrolled GAN on {data.name}, {args.method} gradient, seed {args.seed}"
+    if isinstance(data, Mixture):
+        title += ("\ndots: samples; circles: modes; D says blue: real, white: 1/2, red: fake\n"
+                  "good: share of samples within 3 standard deviations of a mode; modes: number of "
+                  "modes with a good sample")
+    common.save_panels(args.out / "process.png", rows, title)
 
 
 def save_animation(run, args, data):
@@ -362,37 +338,29 @@ def snapshots_of(run):
     return done if run.name in done else done | {run.name: run.extra}
 
 
-def title_of(args, data):
-    title = f"Unrolled GAN on {data.name}, {args.method} gradient, seed {args.seed}"
-    return title if not isinstance(data, Mixture) else title + (
-        "\ndots: samples; circles: modes; D says blue: real, white: 1/2, red: fake\ngood: share of "
-        "samples within 3 standard deviations of a mode; modes: number of modes with at least one "
-        "good sample")
-
-
 # --- main --------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = common.parser(__doc__, __file__, data="ring", data_help="ring, grid (points in the plane), "
+    p = common.parser(__doc__, __file__, data="ring", data_help="ring (points in the plane), "
                       "mnist, fashion, cifar10, digits (synthetic), a folder of pictures")
-    g = p.add_argument_group("models and training", "defaults: POINTS and PICTURES in the script")
-    g.add_argument("-k", type=common.number(int, 0), nargs="+", metavar="K",
-                   help="unrolled steps of D, one model for each K")
-    g.add_argument("--beta1", type=common.number(float, 0, 0.999), nargs="+", metavar="B",
-                   help="Adam's momentum: one for all K, or one for each")
-    g.add_argument("--method", choices=["exact", "rollback"], default="exact",
-                   help="does G's gradient flow through the unrolled steps?")
-    g.add_argument("--eta", type=common.number(float, above=0), help="size of an unrolled step")
-    g.add_argument("--steps", type=common.number(int, 1), help="training steps for each model")
-    g.add_argument("--batch", type=common.number(int, 2), help="points or pictures in a batch")
-    g.add_argument("--z-dim", type=common.number(int, 1), help="length of z")
-    g.add_argument("--g-steps", type=common.number(int, 1), default=1,
-                   help="steps of G in each training step")
-    g.add_argument("--d-steps", type=common.number(int, 1), default=1,
-                   help="steps of D in each training step")
+    g = p.add_argument_group("models and training")
+    usual = {name: f"(ring: {RING[name]}; pictures: {PICTURES[name]})" for name in RING}
+    add, whole, real = g.add_argument, partial(common.number, int), partial(common.number, float)
+    add("-k", type=whole(0), nargs="+", metavar="K",
+        help=f"unrolled steps of D: one model for each {usual['k']}")
+    add("--beta1", type=real(0, 0.999), nargs="+", metavar="B",
+        help=f"Adam's momentum: one for all K, or one for each {usual['beta1']}")
+    add("--method", choices=["exact", "rollback"], default="exact",
+        help="does G's gradient flow through the unrolled steps?")
+    add("--eta", type=real(above=0), help=f"size of an unrolled step {usual['eta']}")
+    add("--steps", type=whole(1), help=f"training steps for each model {usual['steps']}")
+    add("--batch", type=whole(2), help=f"points or pictures in a batch {usual['batch']}")
+    add("--z-dim", type=whole(1), help=f"length of z {usual['z_dim']}")
+    add("--g-steps", type=whole(1), default=1, help="steps of G in each training step")
+    add("--d-steps", type=whole(1), default=1, help="steps of D in each training step")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(steps=20, n_samples=1000))
-    defaults = SETTINGS.get(args.data, PICTURES)
+    defaults = RING if args.data == "ring" else PICTURES
     if args.k or args.beta1:  # then each k once, with one beta1
         defaults = defaults | dict(k=sorted(set(defaults["k"])), beta1=defaults["beta1"][:1])
     for name, default in defaults.items():
@@ -407,11 +375,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run = common.Run(args)
-    if args.data in SETTINGS:
-        centres, std = (ring(), 0.02) if args.data == "ring" else (grid(), 0.05)
-        name = args.data + " (quick run)" * args.quick
-        data = Mixture(name, centres.to(run.device), std, args.batch // common.WORLD,
-                       gaussian_mixture(centres, std, 1000), 1.5 * centres.abs().max().item())
+    if args.data == "ring":
+        data = Mixture("ring" + " (quick run)" * args.quick, ring().to(run.device), 0.02,
+                       args.batch // common.WORLD, gaussian_mixture(ring(), 0.02, 1000), 3.0)
     else:
         data = common.load_images(args, run.device)
     models = {f"k={k}, beta1={b:g}": (k, b) for k, b in zip(args.k, args.beta1)}
@@ -425,9 +391,6 @@ def main(argv=None):
         run.done[name] = {"snapshots": run.extra, **measure(samples, data)}
 
     columns = [key for key in next(iter(run.done.values())) if key != "snapshots"]
-    common.plot_curves(args.out / "curves.png", run.rows, {
-        "loss_g": "loss of G, nats", "f": "f, the value of the game, nats\n(-1.386: D says 1/2)",
-        **{key: key for key in columns}}, title_of(args, data))
     if isinstance(data, Mixture):
         save_animation(run, args, data)
     common.print_table([f"{data.name}: model", *columns], [
