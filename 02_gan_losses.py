@@ -37,10 +37,10 @@ LAMBDA_MS = 0.1     # weight of mode_seeking; the paper's 1 makes strokes thicke
 CLIP = 0.03         # wgan clips D's weights to [-CLIP, CLIP]; in the paper 0.01
 MARGIN = 0.3        # ebgan: D's loss ignores fakes with a larger error
 GAMMA, LAMBDA_K = 0.9, 0.1  # began; the paper has λ_k = 0.001 and 100 times more steps
-LABEL_SCALE = 3.0   # factor of the labels in G's input, so that ten of them count beside 64 of z
+LABEL_SCALE = 3.0   # G's labels times this: ten of them must have an effect beside 64 values of z
 HIDDEN_G, HIDDEN_D = [500, 500], [512, 512]  # units of fully connected layers
 SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of a training run after which process.png is written
-N_SAMPLES, N_NEAREST, N_SPECKS = 10_000, 2000, 500  # saved; compared with data; seen by specks()
+N_SAMPLES, N_NEAREST, N_SPECKS = 10_000, 2000, 500  # saved; compared with the data; for specks()
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -49,12 +49,12 @@ N_SAMPLES, N_NEAREST, N_SPECKS = 10_000, 2000, 500  # saved; compared with data;
 
 def bce_d(real, fake, real_label=1.0, label_noise=0.0, rng=None):
     """BCE(real, y) + BCE(fake, y'), where BCE(a, y) = -E[y log σ(a) + (1 - y) log(1 - σ(a))], nats.
-    Logits [B], exact also for ±1000. y = real_label in [0, 1], y' = 0. With y = 1 the loss is
-    2 log 2 = 1.386 if D says 1/2 to all. y < 1 is one-sided smoothing (Salimans et al. 2016): the
-    loss is at least the entropy of y. label_noise = w > 0: each score has its own label, uniform in
-    an interval of width w around y or y', from rng; on average the gradient stays the same."""
+    Logits [B]; ±1000 are exact. y = real_label in [0, 1], y' = 0. With y = 1 the loss is 2 log 2 =
+    1.386 if D says 1/2 to all. y < 1 is one-sided smoothing (Salimans et al. 2016): the minimum of
+    the loss is then the entropy of y. label_noise = w > 0: each score has its own label, sampled by
+    rng, uniform in an interval of width w around y or y'; the gradient is the same on average."""
     y, y_fake = torch.full_like(real, real_label), torch.zeros_like(fake)
-    if label_noise:  # without it no random number is used
+    if label_noise:  # without label noise no random numbers are used
         y, y_fake = (label + label_noise * (torch.rand(len(label), generator=rng).to(label) - 0.5)
                      for label in (y, y_fake))
     bce = F.binary_cross_entropy_with_logits
@@ -124,7 +124,7 @@ def gradient_penalty(critic, x_real, x_fake, rng=None):
 def dragan_penalty(critic, x_real, rng=None):
     """E (‖∇critic(x_real + α s u / 2)‖ - 1)²: near the data (Kodali et al. 2017, as in their code).
     critic: see gradient_norms. x_real: [B, ...]. From rng, uniform in [0, 1): α for each example, u
-    for each pixel. s: standard deviation (divisor n) of the example's pixels; theirs: of all."""
+    for each pixel. s: standard deviation (divisor n) of this example's pixels; there, of all."""
     alpha = torch.rand(len(x_real), generator=rng).to(x_real)
     u = torch.rand(x_real.shape, generator=rng).to(x_real)
     scale = alpha * x_real.flatten(1).std(dim=1, correction=0) / 2
@@ -147,7 +147,7 @@ def mode_seeking(x1, x2, z1, z2):
 
 
 def ebgan_d(real_error, fake_error, margin):
-    """E real_error + E max(0, margin - fake_error) (Zhao et al. 2017). Autoencoder's errors [B]."""
+    """E real_error + E max(0, margin - fake_error) (Zhao et al. 2017). Errors of D [B]."""
     return real_error.mean() + F.relu(margin - fake_error).mean()
 
 
@@ -170,7 +170,7 @@ def began_d(real_error, fake_error, k):
 
 
 def began_k(k, real_error, fake_error, lambda_k, gamma):
-    """The next k: k + λ_k (γ E real_error - E fake_error), clipped to [0, 1], a float. It keeps
+    """The next k: k + λ_k (γ E real_error - E fake_error), clipped to [0, 1], a float. This keeps
     E fake_error near γ E real_error (Berthelot et al. 2017). k: a number; errors: [B]."""
     balance = gamma * real_error.mean() - fake_error.mean()
     return min(max(k + lambda_k * balance.item(), 0.0), 1.0)
@@ -199,7 +199,7 @@ def generator(d_in, c, side, hidden=HIDDEN_G, width=8):
                        nn.BatchNorm2d(n_out), nn.ReLU()]
     layers[-2:] = [nn.Tanh()] if width else [nn.Tanh(), nn.Unflatten(1, (c, side, side))]
     for layer in layers:
-        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # weights start as in DCGAN
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):  # initial weights as in DCGAN
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # faster on the CPU
@@ -217,7 +217,7 @@ class Discriminator(nn.Module):
         small, layers = side // 2 ** len(widths), []
         for n_in, n_out in pairwise([c, *widths] if not hidden else []):
             layers += [nn.Conv2d(n_in, n_out, kernel_size=4, stride=2, padding=1), nn.SiLU()]
-            nn.init.kaiming_normal_(layers[-2].weight)  # torch's are smaller: D would stay at 1/2
+            nn.init.kaiming_normal_(layers[-2].weight)  # torch's are too small: D stays at 1/2
         layers.append(nn.Flatten())
         for n_in, n_out in pairwise([c * side ** 2, *hidden]):
             layers += [nn.Linear(n_in, n_out), nn.SiLU()]
@@ -270,19 +270,19 @@ def with_labels(z, y):
 # A method has two losses: loss_d(D, x, x_fake, y) and loss_g(D, x_fake, y, z, progress). x: data.
 # x_fake: G's pictures. z: noise. y: labels that G was given, one-hot [B, classes] or [B, 0].
 # progress: from 0 to 1 during training. D(x, y) returns scores and guesses of the label, an
-# autoencoder errors and codes. Where scores are enough, d_of and g_of make a method's losses.
+# autoencoder errors and codes. loss_d_of and loss_g_of make the two losses from losses of scores.
 
-def d_of(d, penalty=None):
-    """loss_d: d(scores of the data, scores of the fakes) + LAMBDA penalty(critic, x, x_fake)."""
+def loss_d_of(loss, penalty=None):
+    """loss_d: loss(scores of the data, scores of the fakes) + LAMBDA penalty(critic, x, x_fake)."""
     def loss_d(D, x, x_fake, y):
         added = LAMBDA * penalty(lambda x: D(x, y)[0], x, x_fake) if penalty else 0.0
-        return d(D(x, y)[0], D(x_fake, y)[0]) + added
+        return loss(D(x, y)[0], D(x_fake, y)[0]) + added
     return loss_d
 
 
-def g_of(g):
-    """loss_g: g(scores of the fakes)."""
-    return lambda D, x_fake, y, z, progress: g(D(x_fake, y)[0])
+def loss_g_of(loss):
+    """loss_g: loss(scores of the fakes)."""
+    return lambda D, x_fake, y, z, progress: loss(D(x_fake, y)[0])
 
 
 def acgan_d(bce, D, x, x_fake, y):
@@ -292,8 +292,8 @@ def acgan_d(bce, D, x, x_fake, y):
 
 
 def infogan_d(bce, D, x, x_fake, y):
-    """infogan: labels are made up, and D guesses those of fakes. Minus the cross-entropy plus a
-    constant is a lower bound on the mutual information of label and picture (Chen et al. 2016)."""
+    """infogan: the labels are random, and D guesses those of fakes. A constant minus the cross-
+    entropy is a lower bound on the mutual information of label and picture (Chen et al. 2016)."""
     score, guess = D(torch.cat([x, x_fake]))
     return bce(*score.split(len(x))) + F.cross_entropy(guess[len(x):], y)
 
@@ -334,7 +334,7 @@ class Method(NamedTuple):
     logits: bool = True        # D's scores are logits: the log has the mean of σ(score)
     clip: float = 0.0          # D's weights are clipped to [-clip, clip]; 0: they are not
     labels: str = ""           # that G is given: "" (none), "data" (those of x), or "made up"
-    conditional: bool = False  # D is given them, too
+    conditional: bool = False  # D is given the labels as well
     code: int = 0              # D is an autoencoder with codes of this length
     length: float = 1.0        # of a training run, in units of --steps
     d_steps: int = 1           # steps of D for each step of G
@@ -344,27 +344,28 @@ class Method(NamedTuple):
 def methods(bce=bce_d):
     """{name: Method}. bce: bce_d with the labels of the flags. After the losses: lr_d and lr_g."""
     table = {
-        "minimax": Method(d_of(bce), g_of(minimax_g)),
-        "nonsaturating": Method(d_of(bce), g_of(nonsaturating_g)),
-        "lsgan": Method(d_of(lsgan_d), g_of(lsgan_g), logits=False),
-        "wgan": Method(d_of(wgan_d), g_of(wgan_g), 1e-3, 1e-3, logits=False, clip=CLIP),
-        "wgan-gp": Method(d_of(wgan_d, gradient_penalty), g_of(wgan_g), 1e-3, 2e-3, logits=False),
-        "dragan": Method(d_of(bce, lambda critic, x, x_fake: dragan_penalty(critic, x)),
-                         g_of(nonsaturating_g), 1e-3, 1e-3),
-        "cgan": Method(d_of(bce), g_of(nonsaturating_g), labels="data", conditional=True),
+        "minimax": Method(loss_d_of(bce), loss_g_of(minimax_g)),
+        "nonsaturating": Method(loss_d_of(bce), loss_g_of(nonsaturating_g)),
+        "lsgan": Method(loss_d_of(lsgan_d), loss_g_of(lsgan_g), logits=False),
+        "wgan": Method(loss_d_of(wgan_d), loss_g_of(wgan_g), 1e-3, 1e-3, logits=False, clip=CLIP),
+        "wgan-gp": Method(loss_d_of(wgan_d, gradient_penalty), loss_g_of(wgan_g), 1e-3, 2e-3,
+                          logits=False),
+        "dragan": Method(loss_d_of(bce, lambda critic, x, x_fake: dragan_penalty(critic, x)),
+                         loss_g_of(nonsaturating_g), 1e-3, 1e-3),
+        "cgan": Method(loss_d_of(bce), loss_g_of(nonsaturating_g), labels="data", conditional=True),
         "acgan": Method(partial(acgan_d, bce), guessed_g, 1e-3, 1e-3, labels="data"),
         "infogan": Method(partial(infogan_d, bce), guessed_g, 1e-3, 1e-3, labels="made up",
                           length=1.25),
-        "mode-seeking": Method(d_of(bce), mode_seeking_g),
+        "mode-seeking": Method(loss_d_of(bce), mode_seeking_g),
         # In the paper the weight of pull_away is 0.1. With a smaller lr_d some pictures are grey
-        "ebgan": Method(d_of(partial(ebgan_d, margin=MARGIN)), partial(pulled_apart, 1.0, 1.0),
+        "ebgan": Method(loss_d_of(partial(ebgan_d, margin=MARGIN)), partial(pulled_apart, 1.0, 1.0),
                         2e-3, 2e-3, logits=False, code=64),
         # pull_away is not in the paper. Without it G generates little but ones, which are easy to
         # reconstruct; at the end it would deform digits. With longer codes D reconstructs too much
         "began": Method(balanced_d, partial(pulled_apart, 2.5, 0.0), 1e-3, 1e-3, logits=False,
                         code=16, length=2.0)}
     # D far ahead. Adam divides a gradient by its own size, so that even 1e-6 makes a full step, and
-    # saturation does not show. With a larger eps a small gradient makes a small step
+    # saturation is not visible. With a larger eps a small gradient makes a small step
     ahead = dict(lr_d=2e-3, lr_g=4e-3, d_steps=3, eps=3e-3, length=0.2)
     return table | {f"{name}-ahead": table[name]._replace(**ahead)
                     for name in ("minimax", "nonsaturating", "lsgan")}
@@ -405,7 +406,7 @@ def optimisers(args, method, G, D, steps, side):
     opt_d = torch.optim.Adam(D.parameters(), lr_d, (args.beta1, 0.9), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), lr_g, (args.beta1, 0.9), method.eps, fused=True)
     linear = partial(lrs.LambdaLR, lr_lambda=lambda step: min(1, 2 - 2 * step / steps))
-    schedule_d = {"linear": linear,  # constant in the first half of the training, then to 0
+    schedule_d = {"linear": linear,  # constant in the first half of the steps, then to 0
                   "constant": partial(lrs.ConstantLR, factor=1.0),
                   "cosine": partial(lrs.CosineAnnealingLR, T_max=steps),
                   "restarts": partial(lrs.CosineAnnealingWarmRestarts, T_0=max(1, steps // 4)),
@@ -484,16 +485,16 @@ def generate(G, z):
 
 
 def readings(method, G, D, x, x_fake, y, z):
-    """More numbers for the log, after a step of G. D(x), D(G(z)): the mean score; for logits, of σ.
-    slope: Σ_b |∂loss_G / ∂score_b|. As loss_G is a mean over b, this sum is the average for one
-    picture. gradient: the norm of the gradient in all weights of G."""
+    """Numbers for the log, after a step of G. D(x), D(G(z)): means of the scores, or of σ(logits).
+    derivative: Σ_b |∂loss_G / ∂score_b|. As loss_G is a mean over b, this sum is the average for
+    one picture. gradient: the norm of the gradient in all weights of G."""
     with torch.no_grad():
         (real, _), (fake, other) = D(x, y), D(x_fake, y)
     fake.requires_grad_()  # loss_g as a function of D's scores: in place of D, what it returned
     loss_g = method.loss_g(lambda x, y=None: (fake, other), x_fake, y, z, 1.0)
-    slope, = torch.autograd.grad(loss_g, fake)
+    derivative, = torch.autograd.grad(loss_g, fake)
     means = [(a.sigmoid() if method.logits else a).mean().item() for a in (real, fake)]
-    numbers = {"D(x)": means[0], "D(G(z))": means[1], "slope": slope.abs().sum().item(),
+    numbers = {"D(x)": means[0], "D(G(z))": means[1], "derivative": derivative.abs().sum().item(),
                "gradient": nn.utils.get_total_norm([p.grad for p in G.parameters()]).item()}
     if method.loss_d is balanced_d:
         numbers["convergence"] = began_convergence(real, fake, GAMMA)
@@ -510,7 +511,7 @@ def output_fault(x, x_fake):
     constant = (x_fake == x_fake[:1]).all(dim=0)
     if len(x_fake) > 1 and constant.any():
         return (f"{constant.float().mean():.1%} of G's pixels are the same for every z: "
-                f"{x_fake[0][constant].mean():g}, the commonest value of the data is "
+                f"{x_fake[0][constant].mean():g}, the most common value of the data is "
                 f"{x.flatten().mode().values:g}")
 
 
@@ -528,7 +529,7 @@ def fingerprint(loss_d, loss_g, real_label=1.0):
         (2 * log_2, log_2, 0.005, "D says 1/2 to all: the start, a balance, or D learns nothing"),
         (data_term(squashed) + log_2, log_2, 0.005, "a sigmoid applied twice: D must return "
          f"logits, and these are probabilities, {squashed:.3g} for data and 0 for fakes"),
-        (0.0, 1.0, 0.05, "squared errors of a sigmoid saturate, too: D must return raw scores"),
+        (0.0, 1.0, 0.05, "squared errors of a sigmoid saturate as well: D must return raw scores"),
         (entropy, 0.0, 0.005, "D is perfect and the minimax G has no gradient: use nonsaturating"),
         (entropy, 0.0, math.inf, f"D is perfect: its loss is the entropy of label {real_label:g}")]
     for scale, halves in ((1.0, ""), (0.5, " (loss_d is the mean of its halves, not the sum)")):
@@ -545,14 +546,13 @@ def tell_causes(run, args, method, x, x_fake):
     causes = {fingerprint(row["loss_d"], row["loss_g"], args.real_label) for row in rows[-3:]}
     if method.logits and len(rows) >= 3 and len(causes) == 1 and not causes & {None, *told}:
         told += causes
-        d, g = rows[-1]["loss_d"], rows[-1]["loss_g"]
-        print(f"{run.name}: losses stay at {d:.4f} and {g:.4f}: {told[-1]}")
+        print("{model}: losses stay at {loss_d:.4f} and {loss_g:.4f}:".format(**rows[-1]), told[-1])
 
 
 def measure(x, y, images, labels=""):
-    """A dict for samples x [N, C, H, W] that were made for labels y [N]; labels: Method.labels.
+    """Numbers for samples x [N, C, H, W] that G made for the labels y [N]; labels: Method.labels.
     distance: to the nearest training picture, whose label is taken as the class of the sample.
-    classes: how many classes occur. kl: of their histogram to the uniform one, nats."""
+    classes: how many classes occur. kl: KL(their shares ‖ equal shares), nats."""
     distance, nearest = common.nearest(x, images)
     numbers = {"distance": distance.mean().item(), "specks": specks(x[:N_SPECKS])}
     if images.y is not None:
@@ -566,7 +566,7 @@ def measure(x, y, images, labels=""):
 
 def label_accuracy(y, found, made_up=False):
     """Share of samples whose class found [N] is the label y [N] that they were made for.
-    made_up: a label then stands for the class that was found most often for it."""
+    made_up: a label then stands for the class that is most frequent among its samples."""
     if made_up:
         return sum(found[y == label].bincount().max().item() for label in y.unique()) / len(y)
     return (found == y).float().mean().item()
@@ -592,38 +592,40 @@ def figures(args, images, table, done, log):
         cells[name] = f"{name}\n{', '.join(shown)}", common.panel(numbers["pictures"])
     rows = [("", list(cells.values())[i:i + 4]) for i in range(0, len(cells), 4)]
     common.save_panels(args.out / "samples.png", rows, title)
-    ahead = [cell for name, cell in cells.items() if name.endswith("-ahead")]
-    plots = [("lines: computed\ndots: measured in training", partial(plot_slopes, table, log)),
-             ("D far ahead:\nwhat reaches G's weights", partial(plot_gradients, log))]
-    if ahead:
-        common.save_panels(args.out / "saturation.png", [("", plots + ahead)], title, size=3)
+    plots = [("lines: computed\ndots: measured in training", partial(plot_derivatives, table, log)),
+             ("D far ahead:\ngradient in G's weights", partial(plot_gradients, log)), cells["data"]]
+    if ahead := [cell for name, cell in cells.items() if name.endswith("-ahead")]:
+        common.save_panels(args.out / "saturation.png", [("", plots), ("", ahead)], title, size=3)
     fair = [row for row in log if not row["model"].endswith("-ahead")]
     common.plot_curves(args.out / "curves.png", fair or log, {
         "loss_d": "loss of D", "loss_g": "loss of G", "D(x)": "D(x): D's output for data",
-        "D(G(z))": "D(G(z)): and for fakes", "gradient": "norm of the gradient in G"}, title)
+        "D(G(z))": "D(G(z)): D's output for fakes", "gradient": "norm of the gradient in G"}, title)
 
 
-def plot_slopes(table, log, ax):
+def plot_derivatives(table, log, ax):
     """|∂loss_G / ∂score| against D(G(z)): computed for all scores (lines), measured (dots)."""
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
         scores = torch.linspace(-8, 8, 1601, requires_grad=True)
         loss_g = table[name].loss_g(lambda x, y: (scores, None), None, None, None, 1.0)
-        slope, = torch.autograd.grad(len(scores) * loss_g, scores)  # loss_g is a mean
+        derivative, = torch.autograd.grad(len(scores) * loss_g, scores)  # loss_g is a mean
         p = (scores.sigmoid() if table[name].logits else scores).detach()
-        ax.plot(p, slope.abs(), f"C{colour}", label=name)
+        ax.plot(p, derivative.abs(), f"C{colour}", label=name)
         rows = [row for row in log if row["model"] in (name, f"{name}-ahead")]
-        ax.plot([row["D(G(z))"] for row in rows], [row["slope"] for row in rows], f"C{colour}.",
-                markeredgecolor="black", markeredgewidth=0.4)
-    ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 3), xlabel="D(G(z))", ylabel="|∂loss_G / ∂score|")
+        x, y = ([row[key] for row in rows] for key in ("D(G(z))", "derivative"))
+        ax.plot(x, y, f"C{colour}.", markeredgecolor="black", markeredgewidth=0.4)
+        if name == "minimax" and rows:  # where the derivative is 0, no dot is easy to see
+            ax.annotate(f"{rows[-1]['model']} ends at {y[-1]:.1g}", (x[-1], y[-1]), (0.15, -0.42),
+                        fontsize=9, arrowprops={"arrowstyle": "->"})
+    ax.set(xlim=(-0.05, 1.05), ylim=(-0.5, 3), xlabel="D(G(z))", ylabel="|∂loss_G / ∂score|")
     ax.legend(fontsize=8)
 
 
 def plot_gradients(log, ax):
-    """The norm of the gradient in G's weights, of the -ahead runs. Colours as in plot_slopes."""
+    """The norm of the gradient in G's weights, for the -ahead runs. Colours: plot_derivatives()."""
     for colour, name in enumerate(("minimax", "nonsaturating", "lsgan")):
         rows = [row for row in log if row["model"] == f"{name}-ahead"]
         ax.semilogy([row["step"] for row in rows], [row["gradient"] for row in rows], f"C{colour}")
-    ax.set(xlabel="step", ylabel="norm of the gradient")
+    ax.set(xlabel="step", ylabel="norm of the gradient (same colours)")
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -634,27 +636,27 @@ def parse_args(argv=None):
     usual = [name for name in METHODS if name.startswith(("minimax", "nonsat", "lsgan"))]
     add("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
         help=f"{', '.join(METHODS)}, or all; if not given: {', '.join(usual)}")
-    add("--steps", type=whole(1), default=2500, help="of G; began: twice, -ahead: a fifth")
+    add("--steps", type=whole(1), default=2500, help="of G; for began twice, for -ahead a fifth")
     add("--batch", type=whole(2), default=64, help="pictures in a batch")
     add("--z-dim", type=whole(1), default=64, help="length of z")
     add("--nets", choices=["fc", "dense", "conv"], help="fully connected, with convolutions at G's "
         "end, or convolutions; if not given: dense for small pictures, else conv")
-    add("--width-g", type=whole(1), help="channels at half the side in G; else 8, for conv 32")
-    add("--width-d", type=whole(1), help="the same in D, for conv alone; else 32")
+    add("--width-g", type=whole(1), help="channels at half the side in G; if not given: 8, conv 32")
+    add("--width-d", type=whole(1), help="the same in D, only for conv; if not given: 32")
     for player in ("d", "g"):
-        add(f"--lr-{player}", type=real(above=0), help="learning rate; else the method's")
+        add(f"--lr-{player}", type=real(above=0), help="learning rate; if not given: the method's")
     add("--beta1", type=real(0, 0.999), default=0.0, help="momentum of Adam, for both players")
-    add("--d-steps", type=whole(1), help="steps of D before those of G; else the method's")
+    add("--d-steps", type=whole(1), help="steps of D before those of G; if not given: the method's")
     add("--g-steps", type=whole(1), default=1, help="steps of G")
     add("--d-schedule", choices=["linear", "constant", "cosine", "restarts", "cyclic"],
-        default="linear", help="of D's learning rate")
+        default="linear", help="how D's learning rate changes")
     add("--real-label", type=real(above=0, most=1), default=1.0, help="0.9: one-sided smoothing")
     add("--label-noise", type=real(0, 1), default=0.0, help="fuzzy labels: width around the label")
     add("--input-noise", type=real(0, 1), default=0.0,
         help="standard deviation of noise on D's input, in [-1, 1] units; it falls to 0")
-    add("--r1", type=real(0), default=0.0, help="weight of R1, gamma")
-    add("--break", choices=MISTAKES, dest="breaks", help="a mistake, to see its log: D ends in a "
-        "sigmoid, applied twice or squared; loss_d is a mean and not a sum")
+    add("--r1", type=real(0), default=0.0, help="gamma, weight of the R1 penalty")
+    add("--break", choices=MISTAKES, dest="breaks", help="make a mistake, to see its log: D "
+        "ends in a sigmoid, applied twice or squared; loss_d is a mean instead of a sum")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(data="digits", steps=8, n_samples=1000))
     args.loss = args.loss or MISTAKES.get(args.breaks, usual)
@@ -673,14 +675,12 @@ def main(argv=None):
         if name not in (fits := MISTAKES.get(args.breaks, METHODS)):
             common.fail(f"--break {args.breaks} is for {', '.join(fits)}, not for {name}")
         if METHODS[name].labels == "data" and images.y is None:
-            common.fail(f"{name} needs labels, and {images.name} has none: a folder's labels are "
-                        "its subfolders, two or more")
+            common.fail(f"{name} needs labels; {images.name} has none: use two subfolders or more")
         if not METHODS[name].logits and (args.real_label, args.label_noise) != (1.0, 0.0):
             common.fail(f"--real-label and --label-noise are for cross-entropy, not for {name}")
     classes = 10 if images.y is None else int(images.y.max()) + 1
     table = methods(partial(bce_d, real_label=args.real_label, label_noise=args.label_noise))
-    for name in MISTAKES.get(args.breaks, []):
-        table[name] = broken(table[name], args.breaks)
+    table |= {name: broken(table[name], args.breaks) for name in MISTAKES.get(args.breaks, [])}
     for name in run.each(args.loss):
         G, z = train(run, args, table[name], images, classes)
         x, y = generate(G, z), torch.arange(len(z)) % classes  # y: the labels in z

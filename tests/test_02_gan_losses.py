@@ -549,9 +549,9 @@ def test_each_mistake_leaves_its_trace(mistake):
         assert (d, g) == (0, 1) and "squared errors of a sigmoid" in told and slope < 1e-30
 
 
-@pytest.mark.parametrize("mistake, slope", [
+@pytest.mark.parametrize("mistake, derivative", [
     (None, 0.8808), ("double-sigmoid", 0.0494), ("averaged-log", 0.8808)])
-def test_readings_are_those_of_d_as_it_is(mistake, slope):
+def test_readings_are_those_of_d_as_it_is(mistake, derivative):
     """Logits 2 of data, -2 of fakes: D says σ(2) = 0.8808 and 0.1192 = s also if its last layer is
     the sigmoid. Nonsaturating: 1 - s; σ twice: (1 - σ(s)) s (1 - s)."""
     method = losses.METHODS["nonsaturating"]
@@ -560,8 +560,8 @@ def test_readings_are_those_of_d_as_it_is(mistake, slope):
     G(torch.ones(1, 1)).backward()
     got = losses.readings(method, G, lambda x, y: (x[:, 0].clone(), None), torch.full((3, 1), 2.0),
                           torch.full((3, 1), -2.0), None, None)
-    assert [f"{got[key]:.4f}" for key in ("D(x)", "D(G(z))", "slope")] == [
-        "0.8808", "0.1192", f"{slope:.4f}"]
+    assert [f"{got[key]:.4f}" for key in ("D(x)", "D(G(z))", "derivative")] == [
+        "0.8808", "0.1192", f"{derivative:.4f}"]
     assert got["gradient"] == pytest.approx(2 ** 0.5)  # of the weight and the bias, 1 each
 
 
