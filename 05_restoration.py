@@ -1,21 +1,20 @@
 r"""05 - Restoration: a trained generator G fills in hidden parts of a picture.
 
-Papers   Yeh et al. 2017, arXiv:1607.07539 (the pixels that were seen choose z);
+Papers   Yeh et al. 2017, arXiv:1607.07539 (the visible pixels determine z);
          Bora et al. 2017, arXiv:1703.03208 (min ‖A G(z) - y‖² + λ ‖z‖²)
 Idea     z* = argmin_z ‖m (G(z) - y)‖² + λ ‖z‖². The mask m is 1 where
-         y was seen and 0 where it is hidden                        -> restore()
+         y is visible, or "seen", and 0 where it is hidden          -> restore()
          If y = G(z) + noise of variance λ, z* is the most probable z given y.
          The restored picture is m y + (1 - m) G(z*).
-         Blind, as in the reports: m = 1, so that G has to fit the damage too.
+         Blind, as in the reports: m = 1, so G has to fit the damage as well.
 See      restored.png: six kinds of damage. noise.png: normal noise. Printed:
-         PSNR (peak signal-to-noise ratio in dB, high is good). Pixels of a
-         hidden square on MNIST: 12.5 with known mask, 8.4 blind, 10.4 for the
-         mean of the neighbours. With --image own.png alone.
+         PSNR (peak signal-to-noise ratio in dB, high is good). For a hidden
+         square on MNIST it is 12.5 with known mask, 8.4 blind, and 10.4 for the
+         mean of the neighbours. With --image: own.png and nothing else.
 Differs  Yeh et al. take absolute errors (L1), with more weight near a hole, and
          log(1 - D(G(z))) in place of λ ‖z‖²; they blend the edges (Poisson).
 Try      --lam 0.03: do the restored pictures gain or lose? Predict, then run.
-Run      python 05_restoration.py
-         python 05_restoration.py --image photo.jpg --mask scribble.png
+Run      python 05_restoration.py [--image photo.jpg --mask scribble.png]
 """
 
 import math
@@ -35,7 +34,7 @@ import common
 LR_D, LR_G, ADAM_BETAS = 5e-4, 2e-3, (0.0, 0.9)
 SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of the steps after which process.png is written
 N_TEST, N_NOISE = 200, 60          # test pictures for each mask, and for each level of noise
-N_SAMPLES, CHUNK = 10_000, 125     # pictures in samples.pt; z in a batch (more: slower on a CPU)
+N_SAMPLES, CHUNK = 10_000, 125     # pictures in samples.pt; z in a batch (more are slower on CPUs)
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -83,10 +82,10 @@ def restore(G, y, mask, z0, steps, lr, lam):
     channels, bool or 1 = seen, 0 = hidden; what y holds where it is hidden, even nan, does not
     matter; z0: [N, R, d]; lam: λ, the variance of one pixel's error: that of G plus that of noise.
     Squares are summed over the seen pixels of all channels, and over the dimensions of z. Each row
-    of z moves as if it were alone; the learning rate falls from lr to 0 along a cosine; with 0
-    steps z* is the start. Returns z [N, d] of the start that ends lowest for each picture, and the
-    objectives at the end, [N, R], both without gradient. A start that ends at nan is never chosen:
-    even inf is better. G and z0 do not change. Raises ValueError: check_starts(), check_mask().
+    of z is optimised by itself; the learning rate falls from lr to 0 along a cosine; with 0 steps
+    z* is the start. Returns two tensors without gradient: z [N, d], for each picture that of the
+    start with the lowest objective at the end (never nan: even inf is better), and all objectives
+    at the end, [N, R]. G and z0 do not change. Raises ValueError: check_starts(), check_mask().
     """
     check_starts(G, y, z0)
     check_mask(mask, y)
@@ -144,16 +143,16 @@ MASKS = {"pepper": pepper, "square": square, "crosswalk": crosswalk, "1 hole": p
 
 
 def neighbours(y, mask):
-    """y [N, C, H, W] whose hidden pixels are filled from the rim of a hole inwards: in each round
-    those with values among the eight pixels around them get the mean of these values.
+    """y [N, C, H, W] with its hidden pixels filled, from the rim of a hole inwards: in each round a
+    hidden pixel with known ones among the eight around it gets the mean of these.
 
     mask: 1 = seen, 0 = hidden, see check_mask(). Seen pixels do not change; what y holds where it
-    is hidden, even nan, does not matter. Raises ValueError also if nothing of a picture was seen.
+    is hidden, even nan, does not matter. Raises ValueError also if nothing of a picture is seen.
     """
     check_mask(mask, y)
     known = (mask == 1).expand(len(y), -1, -1, -1)
     if not known.flatten(1).any(dim=1).all():
-        raise ValueError("a picture of which nothing was seen has no seen neighbours")
+        raise ValueError("a picture of which nothing is seen has no seen neighbours")
     known, filled = known.to(y), torch.where(known, y, 0.0)
     while not known.all():
         share = F.avg_pool2d(known, 3, stride=1, padding=1)  # of neighbours with a value
@@ -253,8 +252,8 @@ def train_generator(run, args, G, D, images):
 def psnr(a, b, where):
     """10 log10(2² / mean (a - b)²) in dB over the pixels where `where` is 1, of all pictures.
 
-    a, b: [N, C, H, W] in [-1, 1]; where: see check_mask(). The mean is over all pictures at once,
-    since the error of a single one may be 0. nan if no pixel counts.
+    a, b: [N, C, H, W] in [-1, 1]; where: see check_mask(). The mean is over all pictures together,
+    because the error of a single one may be 0. nan if `where` is 0 everywhere.
     """
     check_mask(where, a, b)
     squares = (a - b)[(where == 1).expand_as(a)] ** 2
@@ -262,24 +261,23 @@ def psnr(a, b, where):
 
 
 def measure(x, restored, mask):
-    """What the methods made of the pictures x [N, C, H, W]; restored: {method: [N, C, H, W]}.
+    """How well the methods restored the pictures x [N, C, H, W]; restored: {method: [N, C, H, W]}.
 
     hidden: share of the pixels; psnr hidden, psnr all: {method: dB, on the hidden or all pixels};
-    neighbours win: share of the pictures where their error on hidden pixels is below known mask's.
+    neighbours win: share of the pictures whose error on hidden pixels is lower than with known mask.
     """
-    hidden, everywhere = 1 - mask, torch.ones_like(mask)
     errors = [(torch.where(mask == 1, 0.0, restored[method] - x) ** 2).flatten(1).sum(dim=1)
               for method in ("neighbours", "known mask")]
-    return {"hidden": hidden.mean().item(),
-            "psnr hidden": {method: psnr(y, x, hidden) for method, y in restored.items()},
-            "psnr all": {method: psnr(y, x, everywhere) for method, y in restored.items()},
+    return {"hidden": (1 - mask).mean().item(),
+            "psnr hidden": {name: psnr(y, x, 1 - mask) for name, y in restored.items()},
+            "psnr all": {name: psnr(y, x, torch.ones_like(mask)) for name, y in restored.items()},
             "neighbours win": (errors[0] < errors[1]).float().mean().item()}
 
 
 def restore_in_parts(args, G, y, mask, lam, label):
     """G(z*) for any number of pictures y, CHUNK rows of z at a time; shows its progress."""
     z0 = torch.randn(len(y), args.starts, args.z_dim).to(y.device)
-    z0[:, 0] = 0  # the most probable z: a single start does better there than at a random z
+    z0[:, 0] = 0  # the most probable z: as a single start it is better than a random z
     n = max(1, CHUNK // args.starts)
     show, found = common.progress(label, math.ceil(len(y) / n)), []
     for part in zip(y.split(n), mask.split(n), z0.split(n)):
@@ -289,7 +287,7 @@ def restore_in_parts(args, G, y, mask, lam, label):
 
 
 def restore_damage(args, G, x, masks):
-    """For each of the masks measure(), and the pictures by method: hidden is black, shown blue."""
+    """For each mask: measure(), and pictures by method. Hidden pixels: -1, in figures blue."""
     results, blue = {}, torch.tensor([-1.0, -0.5, 0.5], device=x.device).view(3, 1, 1)
     for name, make in masks.items():
         mask = make(len(x), x.shape[3], torch.Generator().manual_seed(args.seed)).to(x.device)
@@ -328,17 +326,17 @@ def read_mask(file, height, width):
 
 
 def own_picture(args, c, side):
-    """--image and --mask as G wants them: x [1, C, side, side] in [-1, 1], mask [1, 1, side, side].
+    """--image and --mask in the form of the data: x [1, C, side, side], mask [1, 1, side, side].
 
-    In colour: the middle square. In grey: a digit in the form of MNIST, its longer side 20 pixels
-    of 28, its centre of mass in the middle. Raises ValueError if that cannot be.
+    x is in [-1, 1]. In colour: the middle square. In grey: a digit as in MNIST, its longer side 20
+    pixels of 28, its centre of mass in the middle. Raises ValueError if there is none.
     """
     x = TF.to_tensor(common.read_picture(args.image, "RGB" if c == 3 else "L"))
     hidden = 1 - read_mask(args.mask, *x.shape[1:]) if args.mask else torch.zeros_like(x[:1])
     shape = [math.ceil(256 * n / max(x.shape)) for n in x.shape[1:]]  # fast, and enough for G
     x, hidden = (TF.resize(a, shape, antialias=True) for a in (x * (1 - hidden), hidden))
     mask = (hidden < 0.1).float()  # seen: at least nine tenths of a pixel
-    x = neighbours((x / (1 - hidden).clamp(min=0.1))[None], mask[None])[0]  # nothing hidden is left
+    x = neighbours((x / (1 - hidden).clamp(min=0.1))[None], mask[None])[0]  # now nothing is hidden
     centre, size = [n / 2 for n in shape], min(shape)
     if c == 1:
         x = find_digit(args, x, mask)
@@ -360,19 +358,19 @@ def find_digit(args, x, mask):
     Raises ValueError if there is no digit, or if it is cut off."""
     width = min(x.shape[1:]) // 8 * 2 + 1  # of a square around each pixel, wider than any stroke
     mean = F.avg_pool2d(x, width, 1, width // 2, count_include_pad=False)
-    if ((x - mean) ** 3).sum() > 0:  # ink is rare, so it is farther from the mean: it is light here
+    if ((x - mean) ** 3).sum() > 0:  # ink is rare, so it is far from the mean: here it is light
         x = 1 - x
     # a closing: the lightest pixel around, then the darkest of these. Shadows stay, strokes vanish.
     light = F.max_pool2d(x, width, 1, width // 2)
     paper = -F.max_pool2d(-light, width, 1, width // 2)
-    missing = mask * (paper - x)  # the light that ink takes
+    missing = mask * (paper - x)  # the light that ink absorbs
     if missing.quantile(0.995) < 0.05 or mask.mean() < 0.2:  # the grain of a photo takes 0.02
         raise ValueError(f"{args.image} shows no digit" if not args.mask else f"{args.mask} hides "
                          "all ink: white is restored, black is kept; is it inverted?")
     dark = missing / paper.clamp(min=1e-6)
     pen = dark.quantile(0.995)  # of the pixels: half a percent of the photo, or more, is ink
-    ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 0 below a quarter of the pen: ruled lines are paler
-    # the digit is what can be reached from the most ink, over gaps of 6 pixels and where hidden
+    ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 0 below a quarter of the pen: removes ruled lines
+    # the digit: all strokes connected to the most ink, across gaps of 6 pixels and hidden pixels
     stroke = ink > 0.5
     around = stroke * F.avg_pool2d(stroke.float(), width, 1, width // 2)
     digit, grown = stroke, around == around.max()
@@ -381,30 +379,32 @@ def find_digit(args, x, mask):
     digit = digit & stroke
     if digit[:, [0, -1]].any() or digit[:, :, [0, -1]].any():
         raise ValueError(f"ink touches the border of {args.image}: leave paper around the digit")
-    return ink * F.max_pool2d(digit.float(), 5, 1, 2)  # with its soft rims
+    return ink * F.max_pool2d(digit.float(), 5, 1, 2)  # with its soft edges
 
 
 # --- figures -----------------------------------------------------------------------------------
 
+TITLES = {"damaged": "damaged (hidden: blue)", "neighbours": "mean of the neighbours", "blind":
+          "G, blind: fits all pixels", "known mask": "G with known mask"}
+
+
 def figure(file, title, x, results, key):
-    """For each of the results a row: 16 of the pictures x, and what each method makes of them."""
-    rows = {label: {"original\n": x} | {
-        f"{method}\n{dB:.1f} dB": result["pictures"][method] for method, dB in result[key].items()}
-        for label, result in results.items()}
-    common.save_panels(file, [(label, [
-        (text, common.panel(common.to_uint8(y[:16]), 4)) for text, y in row.items()])
-        for label, row in rows.items()], title, size=2.2)
+    """For each of the results a row, in the order of the tables: 16 originals, then each method."""
+    show = lambda y: common.panel(common.to_uint8(y[:16]), 4)
+    rows = [(label, [("original\n", show(x))] + [
+        (f"{TITLES.get(method, method)}\nPSNR {dB:.1f} dB", show(result["pictures"][method]))
+        for method, dB in result[key].items()]) for label, result in results.items()]
+    common.save_panels(file, rows, title, size=2.2)
 
 
 def own_figure(args, pictures):
-    """own.png: the photo, what G sees of it, and what the methods make of that."""
+    """own.png: the photo, the part of it that G gets, and how the methods restore it."""
     photo = common.read_picture(args.image)
-    photo.thumbnail((256, 256))  # a panel has a few more pixels
-    shown = {"as G sees it\n(hidden: blue)": pictures.pop("damaged")} | (
-        pictures if args.mask else {"blind\n": pictures["blind"]})
+    photo.thumbnail((200, 200))  # fewer pixels than a panel has, or its frame would be lost
     common.save_panels(args.out / "own.png", [("", [
-        ("photo\n", common.panel(TF.pil_to_tensor(photo)[None])),
-        *((name, common.panel(common.to_uint8(y))) for name, y in shown.items())])])
+        ("your photo", common.panel(TF.pil_to_tensor(photo)[None])),
+        *((TITLES[name], common.panel(common.to_uint8(y))) for name, y in pictures.items()
+          if args.mask or name in ("damaged", "blind"))])])
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -419,9 +419,9 @@ def parse_args(argv=None):
     g.add_argument("--generator", type=expanduser, help="a generator.pt of 04 or 05 to use")
     g = p.add_argument_group("restoration")
     g.add_argument("--mask", type=expanduser, help="picture: its white pixels are hidden")
-    g.add_argument("--image", type=expanduser, help="restore this photo, blind without --mask")
-    g.add_argument("--starts", type=whole, default=1, help="z = 0, then random z")
-    g.add_argument("--restore-steps", type=whole, default=100, help="for each start")
+    g.add_argument("--image", type=expanduser, help="restore this photo; without --mask: blind")
+    g.add_argument("--starts", type=whole, default=1, help="1: z = 0; more: also random z")
+    g.add_argument("--restore-steps", type=whole, default=100, help="steps from each start")
     g.add_argument("--restore-lr", type=above_0, default=0.2, help="learning rate of z, falls to 0")
     g.add_argument("--lam", type=common.number(float, 0), default=0.3, help="λ: variance per pixel")
     p.set_defaults(n_test=N_TEST, n_noise=N_NOISE, n_samples=N_SAMPLES)
@@ -486,13 +486,13 @@ def main(argv=None):
     if args.image:
         return own_figure(args, restore_damage(args, G, x.to(run.device), masks)["own"]["pictures"])
     x = common.to_float(common.load_images(args, run.device, train=False).x[:args.n_test])
-    title = f"Restoration on {images.name}, seed {args.seed}: PSNR"
+    title = f"Restoration on {images.name}, seed {args.seed}, PSNR"
     results, noise = restore_damage(args, G, x, masks), {}
-    figure(args.out / "restored.png", f"{title} on hidden pixels (blue)", x, results, "psnr hidden")
+    figure(args.out / "restored.png", f"{title} on hidden pixels", x, results, "psnr hidden")
     if not args.mask:
         noise = restore_noise(args, G, x[:args.n_noise])
-        figure(args.out / "noise.png", f"{title}; noise: standard deviation", x, {
-            f"noise {std}": noise[std] for std in (0.2, 0.6, 1.0)}, "psnr all")
+        figure(args.out / "noise.png", f"{title} on all pixels; noise: standard deviation",
+               x[:args.n_noise], {f"noise {s}": noise[s] for s in (0.2, 0.6, 1.0)}, "psnr all")
     print_tables(images.name, results, noise)
 
 

@@ -11,11 +11,11 @@ Idea     min mean (x - decode(z))² + λ penalty(z), z = encode(x). The penalty 
          Training is split into 14 equal parts. λ is 0.001 at first, and doubles
          after each of the first 11 parts                           -> weight()
 See      pictures.png: reconstructions, samples and interpolations. cdf.png: the
-         codes against N(0, 1) while training. limits.png and the first table:
-         distributions that are not normal but have a small penalty. On MNIST
-         the codes of a plain autoencoder have variance 27, and samples of
-         N(0, I) decode to a blur. With the moments the variance is 0.99, and
-         the samples are digits.
+         distribution of the codes beside N(0, 1) during training. limits.png
+         and the first table: distributions that are not normal but have a small
+         penalty. On MNIST the codes of a plain autoencoder have variance 27,
+         and samples of N(0, I) decode to a blur. With the penalty by moments
+         the variance is 0.99, and the samples are digits.
 Differs  In the report λ doubles after each epoch, and z has 100 dimensions.
          Here it has 8, as in Tolstikhin et al., who keep λ at 10.
 Try      Write 1.8 for the 3 in TARGET_MOMENTS, the kurtosis of a uniform
@@ -44,7 +44,7 @@ SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of the steps after which codes and p
 
 TARGET_MOMENTS = torch.tensor([[0.0], [1.0], [3.0]])  # mean, variance, kurtosis of N(0, 1)
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel: code of Tolstikhin et al. 2018
-PARTS = 14                       # of the training: λ doubles after each of the first 11
+PARTS = 14                       # of a training run: λ doubles after each of the first 11
 
 
 def moments(z):
@@ -53,8 +53,7 @@ def moments(z):
     Averages over B, not B - 1: variance = mean (z - mean)², kurtosis = mean (z - mean)⁴ /
     variance². It is 3 for a normal distribution (not the excess kurtosis), and nan for a constant
     coordinate, or one whose deviations are below about 1e-11 in float32. A constant coordinate has
-    exactly the variance 0. Raises ValueError if z does not have two dimensions, or fewer than 2
-    codes.
+    exactly the variance 0. Raises ValueError unless z has two dimensions and 2 or more codes.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"moments need codes [B, d] with B of 2 or more, not {tuple(z.shape)}")
@@ -80,8 +79,8 @@ def mmd_imq(z, z_prior):
     E k(z, z') + E k(u, u') - 2 E k(z, u), with means over the pairs. z, z_prior: [n, d], [m, d],
     n, m >= 2; s: each of SCALES; d: the length of a code. Pairs of a point with itself are left
     out, so the estimate is unbiased: 0 on average if both distributions are equal, and some values
-    are negative (Gretton et al. 2012, eq. 3). Float32 is enough for codes far from 0. Returns a
-    scalar. Raises ValueError for fewer than 2 points or codes of unequal length.
+    are negative (Gretton et al. 2012, eq. 3). Float32 is enough, even for codes far from 0. Returns
+    a scalar. Raises ValueError for fewer than 2 codes or codes of unequal length.
     """
     if min(len(z), len(z_prior)) < 2 or z.shape[1:] != z_prior.shape[1:]:
         raise ValueError(f"MMD needs two sets of 2 or more codes of equal length, not "
@@ -104,8 +103,8 @@ def mmd_loss(z):
 
 
 def weight(step, steps):
-    """λ at a step of 1 ... steps. The run has PARTS parts, equal up to rounding. λ is 0.001 in the
-    first, doubles after each of the first 11, and is 2.048 in the last three.
+    """λ at a step of 1 ... steps. The steps are split into PARTS parts, equal up to rounding. λ is
+    0.001 in the first, doubles after each of the first 11, and is 2.048 in the last three.
     """
     part = PARTS * (step - 1) // steps
     return 0.001 * 2 ** min(part, 11)
@@ -199,7 +198,7 @@ def measure(z, n):
 def shuffled(z):
     """z [N, d] with each coordinate permuted over the examples by itself.
 
-    All moments of all coordinates stay; what one coordinate says about another is gone.
+    All moments of each coordinate stay the same; the dependence between coordinates is gone.
     """
     return torch.stack([column[torch.randperm(len(z), device=z.device)] for column in z.T], dim=1)
 
@@ -229,12 +228,12 @@ def pictures(net, x, z, samples, fitted):
     """The pictures of the figures, uint8, by name. x: test pictures, z: codes of training pictures.
 
     interpolation: decoded (1 - alpha) z_a + alpha z_b with alpha = 0, 1/8, ..., 1 in a row. In the
-    first four rows b is the test picture most like a, in the others the next one in the data.
+    first four rows b is the test picture nearest to a, in the others the next one in the data.
     """
-    few = x[:500].flatten(1)
-    apart = torch.cdist(few, few).fill_diagonal_(math.inf)  # a picture is not like itself
-    x = x[torch.arange(max(32, len(few))) % len(x)]  # those of a small folder are repeated
-    pairs = [(i, apart[i % len(few)].argmin().item()) for i in range(4)] + \
+    first = x[:500].flatten(1)
+    distances = torch.cdist(first, first).fill_diagonal_(math.inf)  # not from a picture to itself
+    x = x[torch.arange(max(32, len(first))) % len(x)]  # a small folder's pictures are repeated
+    pairs = [(i, distances[i % len(first)].argmin().item()) for i in range(4)] + \
         [(i, i + 1) for i in range(0, 8, 2)]
     a, b = (in_parts(net.encode, x[list(ends)]) for ends in zip(*pairs))
     alpha = torch.linspace(0, 1, 9, device=x.device).view(9, 1, 1)
@@ -249,8 +248,8 @@ def pictures(net, x, z, samples, fitted):
 # --- figures -----------------------------------------------------------------------------------
 
 TITLES = ["test pictures,\nleft: original, right: reconstruction", "samples: decoded\nz ~ N(0, I)",
-          "samples: z with mean and\nvariance of the codes", "training codes decoded, each\n"
-          "coordinate shuffled", "interpolation between pictures,\nfour alike, four unlike"]
+          "samples: z ~ N with mean\nand variance of the codes", "training codes, each coordinate\n"
+          "shuffled, then decoded", "interpolations, four similar\npairs, four different ones"]
 
 
 def figures(args, images, run):
@@ -261,12 +260,11 @@ def figures(args, images, run):
         panels = [common.panel(x, 9 if kind == "interpolation" else 8)
                   for kind, x in result["pictures"].items()]
         rows.append((f"{name}, mse {result['mse']:.3g}", list(zip(TITLES, panels))))
-        cdfs.append((name, [(f"step {step:,}", partial(plot_cdf, z=z))
-                            for step, z in result["snapshots"].items()]))
+        cdfs.append(("", [(f"{name}, step {step:,}", partial(plot_cdf, z=z))
+                          for step, z in result["snapshots"].items()]))
     common.save_panels(args.out / "pictures.png", rows, title)
-    common.save_panels(args.out / "cdf.png", cdfs, f"{title}\nshare (0 to 1) of test codes with a "
-                       "coordinate below the value on the axis\nblue: each coordinate, black: "
-                       "N(0, 1)")
+    common.save_panels(args.out / "cdf.png", cdfs, f"{title}\nblue: the coordinates of the test"
+                       " codes, black: N(0, 1)")
 
     fig, axes = common.figure(1, len(rows), 1.5 + 3 * len(rows), 2.9,
                               f"Losses on {images.name}, seed {args.seed} (without MMD² <= 0)")
@@ -279,29 +277,32 @@ def figures(args, images, run):
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     common.save_figure(fig, args.out / "curves.png")
 
-    fig, axes = common.figure(1, 1 + len(rows), 3 + 3 * len(rows), 3.2,
+    fig, axes = common.figure(1, 2 + len(rows), 6 + 3 * len(rows), 3.2,
                               f"What moments do not see, {images.name}, seed {args.seed}")
     axes[0, 0].bar([-3 ** 0.5, 0, 3 ** 0.5], [1 / 6, 2 / 3, 1 / 6], width=0.1)
     axes[0, 0].set(title="a distribution with the\nmoments 0, 1, 3", xlabel="value",
                    ylabel="probability")
-    for ax, (name, result) in zip(axes[0, 1:], run.done.items()):
-        z = result["codes"][:args.n_codes]
-        related = torch.corrcoef((z ** 2).T).fill_diagonal_(0).abs()  # of the squares
-        i, j = divmod(related.argmax().item(), z.shape[1])
+    normal = torch.randn(args.n_codes, args.z_dim, generator=torch.Generator().manual_seed(0))
+    codes = {"samples of N(0, I)": normal} | {
+        f"codes of {name}": result["codes"] for name, result in run.done.items()}
+    for ax, (name, z) in zip(axes[0, 1:], codes.items()):
+        z = z[:args.n_codes]
+        correlation = torch.corrcoef((z ** 2).T).fill_diagonal_(0).abs()  # of the squares
+        i, j = divmod(correlation.argmax().item(), z.shape[1])
         ax.scatter(*z[:, [i, j]].T.numpy(), s=1)
         ax.set(xlabel=f"coordinate {i}", ylabel=f"coordinate {j}",
-               title=f"two dependent coordinates\nof the codes of {name}")
+               title=f"{name}, the two\nmost dependent coordinates")
     common.save_figure(fig, args.out / "limits.png")
 
 
 def plot_cdf(ax, z):
-    """Empirical CDFs of the coordinates of z [N, d], at most 20 of them, over the normal one."""
+    """CDFs of the coordinates of codes z [N, d], at most 20 of them, and that of N(0, 1)."""
     shares = (torch.arange(len(z)) + 0.5) / len(z)
     for column in z.T[:20]:
         ax.plot(column.sort().values.numpy(), shares.numpy(), "C0", linewidth=0.5, alpha=0.6)
     line = torch.linspace(-4, 4, 200)
     ax.plot(line.numpy(), torch.special.ndtr(line).numpy(), "black", linewidth=1.5)
-    ax.set(xlim=(-4, 4), ylim=(0, 1), yticks=[])
+    ax.set(xlim=(-4, 4), ylim=(0, 1), yticks=[0, 0.5, 1], ylabel="share of codes below")
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -310,9 +311,9 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     g = p.add_argument_group("model and training")
     g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                   help=f"{', '.join(MODELS)}: the penalty on the codes")
+                   help=f"the penalties on the codes: {', '.join(MODELS)}; if not given: all")
     g.add_argument("--z-dim", type=common.number(int, 2), default=8, help="dimensions of z")
-    g.add_argument("--steps", type=common.number(int, 1), default=1600, help="of each model")
+    g.add_argument("--steps", type=common.number(int, 1), default=1600, help="steps of each model")
     g.add_argument("--batch", type=common.number(int, 2), default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.number(float, above=0), default=4e-3,
                    help="Adam's learning rate, which falls to 0")
@@ -328,8 +329,7 @@ def main(argv=None):
     images = common.load_images(args, run.device)
     test = common.load_images(args, run.device, train=False)
     if len(test.x) < 2:
-        common.fail(f"{images.name} has one test picture, and moments need two: give a folder with "
-                    "at least 20")
+        common.fail(f"{images.name} has one test picture, and moments need two: use 20 pictures")
     x = common.to_float(test.x)
     for name in run.each(args.models):
         net, u = train(run, args, name, images, x)
