@@ -264,7 +264,7 @@ def measure(x, restored, mask):
     """How well the methods restored the pictures x [N, C, H, W]; restored: {method: [N, C, H, W]}.
 
     hidden: share of the pixels; psnr hidden, psnr all: {method: dB, on the hidden or all pixels};
-    neighbours win: share of the pictures whose error on hidden pixels is lower than with known mask.
+    neighbours win: share of pictures where they have less error on hidden pixels than known mask.
     """
     errors = [(torch.where(mask == 1, 0.0, restored[method] - x) ** 2).flatten(1).sum(dim=1)
               for method in ("neighbours", "known mask")]

@@ -1,15 +1,15 @@
-r"""08 - Theory checks: every claim a number.
+r"""08 - Theory checks: both sides of every claim are computed.
 
 Paper    The claims are statements and questions of four coursework reports, and
          textbook facts behind them. Papers are named beside the claims.
-Idea     a theme is a generator: its docstring gives the reasons, and each row
+Idea     A theme is a generator of rows. Its docstring gives the reasons. A row
          states a claim beside the computation that decides it  -> holds()
-         a wrong claim gets a counterexample                    -> refuted()
-See      a table for each topic: claim, what the claim says, what was measured,
+         or beside a counterexample, if the claim is wrong      -> refuted()
+See      A table for each topic: claim, what the claim says, what was measured,
          verdict. 85 claims: 60 hold, 25 are refuted. Exit status 1 if the
          evidence for a verdict fails for one of 5 seeds. Four figures:
          receptive_field, transposed_coverage, fingerprints, bilinear.
-Read     "One report states" or "asks": a report does. The verdict is ours.
+Read     "One report states" or "asks": one of the four does. Verdicts are ours.
          x [B, d]: x has the shape (B, d). σ: the sigmoid. nats: natural logs.
 Differs  No data and nothing from other chapters; float64 or float32 on the CPU.
 Try      Take "+ lam * w2" out of mlp_grads. Which of the claims mlp-grads and
@@ -55,7 +55,7 @@ FIGURES = {}  # by file name: a function that makes the figure
 
 def theme(check):
     """Decorator of a generator of rows, whose docstring gives the reasons.
-    Its claims are read from its source, as --list computes nothing: the first two arguments of
+    Its claims are read from its source, because --list computes nothing: the first two arguments of
     holds() and refuted() are written out as texts."""
     for node in ast.walk(ast.parse(inspect.getsource(check))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("holds", "refuted"):
@@ -65,10 +65,10 @@ def theme(check):
     return check
 
 
-# three ways to compare; each returns claimed, measured, evidence
+# three comparisons; each returns claimed, measured, evidence
 
 def exactly(expected, measured):
-    """The claim is that measured is exactly what is expected, a list of numbers or a text."""
+    """The claim is that measured is exactly what is expected, a list of values or a text."""
     texts = (value if isinstance(value, str) else ", ".join(f"{v:,.10g}" for v in value)
              for value in (expected, measured))
     return *texts, measured == expected
@@ -122,7 +122,7 @@ def figure(name, title, rows, columns, width=4.5, height=3.8):
 
 TOPICS["layers"] = """What does one output of a network see of its input, and how does a gradient
     find its way back through a layer? The first claims count pixels; each of the others is about
-    one layer, a small sum that can be computed by hand."""
+    one layer, and small enough to be computed by hand."""
 
 # a layer is (kernel, stride, padding, dilation) along one axis; kernels are square
 CONV, POOL = (3, 1, 1, 1), (2, 2, 0, 1)
@@ -165,12 +165,12 @@ def receptive_field(layers):
 
 @theme
 def receptive_fields():
-    """A kernel of layer k takes g_k - 1 steps, each Π_{i<k} s_i pixels long. One report states that
+    """A kernel of layer k covers g_k - 1 steps of Π_{i<k} s_i pixels each. One report states that
     padding matters as well, but it moves the field and does not widen it. ResNet-50 has the stride
     of a stage in its first 3x3 (torchvision) or in the 1x1 before (He et al. 2016). "31/16": an
     output sees 31 pixels, one for every 16. YOLO (Redmon et al. 2016) predicts boxes and classes at
-    once, on S = 7 cells a side, B = 2 boxes, C = 20 classes. Faster R-CNN (Ren et al. 2015) first
-    asks a region proposal network (RPN) with k = 9 boxes where to look, then what is there."""
+    once: S = 7 cells a side, B = 2 boxes, C = 20 classes. Faster R-CNN (Ren et al. 2015) first asks
+    a region proposal network (RPN) with k = 9 boxes where to look, then what is there."""
     right = 0
     for _ in range(20):  # random networks, padded by 0 to 3 pixels in each layer
         depth = torch.randint(1, 5, ()).item()
@@ -213,10 +213,10 @@ def draw_receptive_field(*panels):
         for ax, values in zip(panels, found):
             ax.plot(x, values, "o--" if name == "dilation" else "o-", markersize=3, label=name)
     sizes, strides = panels
-    sizes.set(title="stride 2 and dilation agree", xlabel="convolutions",
+    sizes.set(title="stride 2 and dilation: the same line", xlabel="number of convolutions",
               ylabel="pixels that one output sees")
-    strides.set(title="plain and dilation agree", xlabel="convolutions",
-                ylabel="pixels per output", yscale="log")
+    strides.set(title="plain and dilation: the same line", xlabel="number of convolutions",
+                ylabel="pixels between outputs", yscale="log")
     strides.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
 
 
@@ -238,9 +238,9 @@ def dropout_mask_average(x, p, f=lambda x: x):
 
 @theme
 def dropout():
-    """In one report the proof of dropout-scale leaves out the mask m, and without it nothing is
-    random: E m x / (1 - p) = (1 - p) x / (1 - p) + p 0 = x. One report calls dropout-place false,
-    and it is: relu(x m) = relu(x) m for every mask m. The sigmoid turns a dropped 0 into 1/2."""
+    """In one report the proof of dropout-scale lacks the mask m, without which nothing is random: E
+    m x / (1 - p) = (1 - p) x / (1 - p) + p 0 = x. One report calls dropout-place false, and it is:
+    relu(x m) = relu(x) m for every mask m. The sigmoid turns a dropped 0 into 1/2."""
     x, p = normal(8), 0.3
     exact, square = dropout_mask_average(x, p), dropout_mask_average(x, p, torch.square)
     yield holds("dropout-scale", "Scaling by 1/(1 - p) keeps the expectation: E dropout(x) = x.",
@@ -258,8 +258,8 @@ def dropout():
 
 def check_conv(x_size, w_size, y_size, *how):
     """Raises ValueError, or torch's RuntimeError, unless the convolution of x with w gives y.
-    The sizes have four numbers each; how: stride, padding, dilation, groups."""
-    x, w = (torch.empty(*size, device="meta") for size in (x_size, w_size))  # sizes, no numbers
+    The sizes have four entries each; how: stride, padding, dilation, groups."""
+    x, w = (torch.empty(*size, device="meta") for size in (x_size, w_size))  # sizes, no values
     if F.conv2d(x, w, None, *how).shape != tuple(y_size) or min(y_size[2:]) == 0:
         raise ValueError(f"the convolution of {x_size} with {w_size} does not give {y_size}: {how}")
 
@@ -379,24 +379,24 @@ def coverage():
                 and torch.equal(fixed, covered(FIXED_G)))
 
 
-@figure("transposed_coverage", "Which pixels does the generator reach? White: they depend on the "
-        "code. Black: 0 in every picture.", 1, 2)
+@figure("transposed_coverage", "Which pixels depend on the code? White: these do. Black: these are "
+        "always 0.", 1, 2)
 def draw_transposed_coverage(*panels):
-    for ax, layers, name in zip(panels, (REPORT_G, FIXED_G), ("the report's", "fixed")):
-        reached = covered(layers)
-        ax.imshow(reached.numpy(), cmap="gray", vmin=0, vmax=1)
+    for ax, layers, name in zip(panels, (REPORT_G, FIXED_G), ("the report's G", "a fixed G")):
+        depends = covered(layers)
+        ax.imshow(depends.numpy(), cmap="gray", vmin=0, vmax=1)
         last = ";\n".join("kernel {}, stride {}, padding {}".format(*one) for one in layers[-2:])
-        size, share = len(reached), reached.double().mean()
-        ax.set(title=f"{name}: {size}x{size}, {share:.1%} of the pixels reached",
+        size, share = len(depends), depends.double().mean()
+        ax.set(title=f"{name}: {size} × {size} pixels, {share:.1%} white",
                xlabel=f"last two layers: {last}", xticks=[], yticks=[])
 
 
 @theme
 def lookups():
     """Output y_i of an elementwise activation depends on x_i only, so its Jacobian is diagonal. One
-    report asks what an embedding is for. Looking rows up saves the multiplication by zeros. Numbers
-    have an order: a linear layer with a threshold says yes from some index on, or up to it, but the
-    words 0 to 7 alternate between two classes. In one-hot vectors each word has its own weight."""
+    report asks what an embedding is for. Looking up a row avoids products with 0. Indices have an
+    order: a linear layer with a threshold says yes from some index on, or up to it, but words 0 to
+    7 alternate between two classes. With one-hot vectors each word has its own weight."""
     x, grad = normal(6), normal(6)
     jacobian, derivative = jacrev(torch.tanh)(x), 1 - torch.tanh(x) ** 2
     yield holds("activation-jacobian", "Back through an elementwise activation f, multiply by f'.",
@@ -430,8 +430,8 @@ def self_attention(x, w_q, w_k, w_v):
 @theme
 def attention():
     """Nothing in softmax(Q Kᵀ / √d) V knows the order of the rows (Vaswani et al. 2017 add
-    positions). One report asks what attention changes in a decoder: each input is one step away, by
-    weights from the decoder's state, while the last state has almost nothing left of the first."""
+    positions). One report asks what attention changes in a decoder: each input is one step away,
+    through weights from the decoder's state; the encoder's last state has almost lost the first."""
     x, w, order = normal(6, 4), normal(3, 4, 4), torch.randperm(6)
     out, weights = self_attention(x, *w)
     yield holds("attention-order", "Self-attention without positions is permutation-equivariant; "
@@ -443,7 +443,7 @@ def attention():
     last, average = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0][0].norm().item()
                      for out in (h[-1], (h @ decoder / 2).softmax(dim=0) @ h))
     yield holds("attention-alignment", "With attention a decoder gets an average of all states of "
-                "the encoder, not only the last.", "the average keeps input 1",
+                "the encoder, not only the last.", "depends on input 1",
                 f"gradient {average:.0e} (last state: {last:.0e})", average > 1e4 * last)
 
 
@@ -457,12 +457,12 @@ TOPICS["losses"] = """A network learns through the gradient of its loss, a produ
 @theme
 def factors():
     """One report states 0.3 and 0.798. The reason to prefer cross-entropy is its gradient in the
-    logit a, where p = σ(a): p - 1, against 2 (p - 1) p (1 - p), which vanishes where the network is
+    logit a, where p = σ(a): p - 1, against 2 (p - 1) p (1 - p), which vanishes if the network is
     sure and wrong. σ' is at most 1/4, tanh' is 1 at 0: with torch's initialisation the first of 24
     layers gets 2e14 to 4e14 times more gradient from tanh, and Xavier's (Glorot, Bengio 2010) cures
-    tanh. Weights of standard deviation √(2 / width) preserve the gradient of ReLU (He et al. 2015),
-    smaller ones do not. The loss stands still with vanishing gradients, but in a minimum and with a
-    learning rate of 0 as well; the gradient's size at output and input tells these apart."""
+    tanh. Weights of standard deviation √(2 / width) preserve the gradient of ReLU (He et al. 2015);
+    smaller weights do not. The loss stops moving if gradients vanish, but also in a minimum and
+    with a learning rate of 0. The size of the gradient at output and input tells these apart."""
     p, a = 0.45, double(-10.0)
     text = f"{(p - 1) ** 2:.4f}, {-math.log(p):.4f}"
     of_l2, of_bce = (gradient(loss, a).item() for loss in (
@@ -470,20 +470,20 @@ def factors():
     yield holds("bce-vs-l2", "At p = 0.45 for label 1: squared error 0.3025, cross-entropy 0.7985.",
                 "0.3025, 0.7985", f"{text} (gradients at a = -10: {of_l2:.0e}, {of_bce:.4f})",
                 text == "0.3025, 0.7985" and abs(of_l2) < 1e-4 and of_bce < -0.999)
-    def first_over_last(activation, start=None):  # gradients of the weights of layers 1 and 24
+    def first_over_last(activation, init=None):  # gradients of the weights of layers 1 and 24
         layers = [nn.Linear(32, 32).double() for _ in range(24)]
         x = normal(32, 32)
         for layer in layers:
-            if start:
-                start(layer.weight)
+            if init:
+                init(layer.weight)
                 nn.init.zeros_(layer.bias)
             x = activation(layer(x))
         first, last = torch.autograd.grad((x * normal(32, 32)).sum(),
                                           [layers[0].weight, layers[-1].weight])
         return (first.norm() / last.norm()).item()
     sigmoid, sigmoid_xavier, tanh, tanh_xavier = (
-        first_over_last(f, start) for f in (torch.sigmoid, torch.tanh)
-        for start in (None, nn.init.xavier_normal_))
+        first_over_last(f, init) for f in (torch.sigmoid, torch.tanh)
+        for init in (None, nn.init.xavier_normal_))
     yield refuted("sigmoid-tanh", "Tanh in place of sigmoid makes no difference to vanishing "
                   "gradients.", "about the same", f"{sigmoid:.0e}, {tanh:.0e}: "
                   f"{tanh / sigmoid:.0e} times (Xavier: {sigmoid_xavier:.0e}, {tanh_xavier:.2g})",
@@ -491,21 +491,21 @@ def factors():
     network = lambda w, x: functools.reduce(lambda x, layer: torch.relu(layer @ x), w, x)
     w, x, y = (2 / 32) ** 0.5 * normal(20, 32, 32), normal(32), normal(32)
     he, small = (gradient(lambda x: network(v, x).sum(), x).norm().item() for v in (w, w / 7))
-    yield refuted("relu-vanish", "In a ReLU network gradients cannot vanish.", "about as before",
-                  f"weights / 7: {small / he:.0e} of it", abs(small / he * 7 ** 20 - 1) <= 1e-8)
-    def one_step(w, y, rate):  # change of the loss; size of its gradient at output and input
+    yield refuted("relu-vanish", "In a ReLU network gradients cannot vanish.", "about the same",
+                  f"weights / 7: {small / he:.0e} of that", abs(small / he * 7 ** 20 - 1) <= 1e-8)
+    def one_step(w, y, lr):  # change of the loss; size of its gradient at output and input
         loss = lambda w, x: ((network(w, x) - y) ** 2).sum() / 2
-        change = loss(w - rate * gradient(lambda w: loss(w, x), w), x) - loss(w, x)
+        change = loss(w - lr * gradient(lambda w: loss(w, x), w), x) - loss(w, x)
         sizes = (network(w, x) - y).norm(), gradient(lambda x: loss(w, x), x).norm()
         return change.item(), *(size.item() for size in sizes)
-    explodes, vanishes, minimum, no_rate = (one_step(*run) for run in (
+    explodes, vanishes, minimum, no_step = (one_step(*run) for run in (
         (3 * w, y, 0.01), (w / 7, y, 0.01), (w, network(w, x), 0.01), (w, y, 0.0)))
     yield holds("loss-tells-which", "If gradients vanish or explode, the loss alone tells which of "
-                "the two.", "jumps, or stands still", f"jump {explodes[0]:.0e}, still "
-                f"{vanishes[0]:.0e} (minimum {minimum[0]:.0e}, learning rate 0 {no_rate[0]:.0e})",
+                "the two.", "jumps, or stops moving", f"change {explodes[0]:.0e}, or "
+                f"{vanishes[0]:.0e} (minimum {minimum[0]:.0e}, learning rate 0 {no_step[0]:.0e})",
                 not explodes[0] < 1e6 and vanishes[2] < 1e-9 and minimum[1:] == (0, 0)
-                and all(abs(run[0]) < ROUNDING for run in (vanishes, minimum, no_rate))
-                and 0.01 < min(vanishes[1], *no_rate[1:]))
+                and all(abs(run[0]) < ROUNDING for run in (vanishes, minimum, no_step))
+                and 0.01 < min(vanishes[1], *no_step[1:]))
     products = [gradient(lambda x: math.prod(10 * [factor], start=x), torch.tensor(1.0)).item()
                 for factor in (0.5, 5.0)]
     yield holds("depth-numbers", "Ten layers that multiply by 0.5 or by 5: gradients 0.5^10, 5^10.",
@@ -517,7 +517,7 @@ def relu():
     """One report calls relu-linear false: the gradient is constant there. One report states
     relu-sign, but ReLU passes a gradient of either sign where its *input* is positive; guided
     backpropagation (Springenberg et al. 2015) drops negative ones. A step that moves the bias too
-    far, here to -50, makes a unit die. In a hidden layer its inputs may move and wake it."""
+    far, here to -50, makes a unit die. In a hidden layer the inputs change and may revive it."""
     of_relu = gradient(lambda x: torch.relu(x).sum(), torch.tensor([1.0, 2.0, 3.0])).tolist()
     yield refuted("relu-linear", "Where its input is positive, ReLU's gradient is linear in it.",
                   "1 : 2 : 3", " : ".join(f"{s:g}" for s in of_relu), of_relu == [1, 1, 1])
@@ -634,9 +634,9 @@ def numeric_grad(f, x, eps=6e-6):
 def backpropagation():
     """One report writes λ ‖W‖_F for the gradient of its regulariser. It is λ W, an entry for each
     weight; ‖W‖_F, the root of the sum of all squared entries, is one number. In one report the
-    output y of mlp-backprop lacks a sigmoid, so it is any number, but the loss takes the logs of y
-    and 1 - y, and the products lack the transposes. In numeric-grad cutting the Taylor series costs
-    eps (forward) or eps² (central), and rounding costs 2e-16 / eps."""
+    output y of mlp-backprop lacks a sigmoid, so it can be any number, but the loss takes the logs
+    of y and 1 - y, and the products lack the transposes. In numeric-grad cutting the Taylor series
+    costs eps (forward) or eps² (central), and rounding costs 2e-16 / eps."""
     w, lam = normal(3, 4), 0.1
     right = gradient(lambda w: lam / 2 * w.pow(2).sum(), w)
     as_number, as_matrix = ((right - r).abs().max().item() for r in (lam * w.norm(), lam * w))
@@ -666,11 +666,11 @@ def backpropagation():
 
 @theme
 def batches():
-    """One report defines SGD by one random sample for each step, and mini-batch SGD apart from it:
-    N steps is true, "or a batch" makes N / B, rounded up. In sgd-unbiased σ² is the variance of
-    single samples' gradients; the check lists all batches of 1, 2, 3 out of 6. One report calls
+    """One report defines SGD by one random sample a step, and mini-batch SGD apart. N steps is
+    right, "or a batch" makes it N / B, rounded up. In sgd-unbiased σ² is the variance of single
+    samples' gradients; the check lists all batches of 1, 2, 3 out of 6. One report calls
     sgd-below-gd false: there is only one batch of all samples. The gradients of parts add up. One
-    report states "decrease" for batch-doubling. First noise is the limit, later the curvature."""
+    report states "decrease" for batch-doubling. First noise is the limit, then curvature."""
     one, many = (len(torch.arange(1000).split(b)) for b in (1, 64))
     yield refuted("sgd-steps", "SGD makes one step per sample in every epoch, \"using only one "
                   "sample or a batch\".", "1000, 1000 steps", f"{one}, {many} steps (B = 1, 64)",
@@ -689,7 +689,7 @@ def batches():
                                               variance / b * (1 if replace else (6 - b) / 5))]
     yield holds("sgd-unbiased", "The mini-batch gradient is unbiased; its variance is σ²/B, times "
                 "(N - B)/(N - 1) if sampled without replacement.", *equal(*pairs))
-    per_sample = normal(6, 3)  # random numbers in place of gradients: the values do not matter
+    per_sample = normal(6, 3)  # random vectors instead of gradients: the values do not matter
     sgd, gd = (of_all_batches(per_sample, b, False).var(dim=0, correction=0).sum().item()
                for b in (2, 6))
     yield refuted("sgd-below-gd", "SGD's gradient has less variance than the full gradient.",
@@ -706,16 +706,16 @@ def batches():
     # less its minimum, is the mean of 200 runs for each learning rate
     def steps_to(batch, target=0.01, limit=2000):
         variance = torch.logspace(0, -1, 10, dtype=torch.float64)  # [10]
-        rates = double([0.02 * 1.3 ** i for i in range(16)])[:, None, None]
-        error = torch.ones(16, 200, 10, dtype=torch.float64)       # w - w*: [rates, runs, 10]
+        lrs = double([0.02 * 1.3 ** i for i in range(16)])[:, None, None]
+        error = torch.ones(16, 200, 10, dtype=torch.float64)       # w - w*: [lrs, runs, 10]
         for step in range(1, limit + 1):
             x = normal(200, batch, 10) * variance.sqrt()           # [runs, batch, 10]
             residual = torch.einsum("sbd,rsd->rsb", x, error) - 0.5 * normal(200, batch)
-            error -= rates * torch.einsum("rsb,sbd->rsd", residual, x) / batch
+            error -= lrs * torch.einsum("rsb,sbd->rsd", residual, x) / batch
             if ((error ** 2 * variance).sum(dim=2).mean(dim=1) / 2).min() <= target:
                 return step
     a, b, c, d = (steps_to(batch) for batch in (4, 8, 128, 256))
-    yield holds("batch-doubling", "Twice the batch: fewer steps, half as many while noise rules.",
+    yield holds("batch-doubling", "Twice the batch: fewer steps, half as many if noise is large.",
                 "fewer, ratio 0.5 -> 1", f"4, 8: {a}, {b} steps; 128, 256: {c}, {d}",
                 a > b > c >= d and 0.4 < b / a < 0.6 and d / c > 0.7)
 
@@ -723,13 +723,13 @@ def batches():
 @theme
 def where_descent_ends():
     """One report calls gd-global false: (x² - 1)² + 0.3 x has its lower well on the left, and
-    descent from 1.5 ends on the right. Noise is a way out, no guarantee. One report asks where
-    gradient descent cannot be used: where there is no finite data set, as for the expectation over
-    z: every step of a GAN or a VAE is one of SGD. Neither helps where a loss is flat with jumps, as
-    the share of wrong answers. One report states newton-ravine, as Newton's steps cost more and end
-    in saddle points. They can, and with d weights each costs d³/3 products, so in time momentum
-    wins if d is large. But in a quadratic ravine Newton needs one step, and momentum at its best
-    (Polyak 1964) √κ / 2 log(1/ε) and some more, with κ the ratio of curvatures."""
+    descent from 1.5 ends on the right. Noise can help, but guarantees nothing. One report asks
+    where gradient descent cannot be used: where there is no finite data set, as for the expectation
+    over z: every step of a GAN or a VAE is one of SGD. Neither helps if the loss is flat between
+    jumps, like the share of wrong answers. One report states newton-ravine, because Newton's steps
+    cost more and can end in saddle points. True: with d weights one costs d³/3 products, so
+    momentum is faster if d is large. But in a quadratic ravine Newton needs one step, and momentum
+    at its best (Polyak 1964) a little more than √κ / 2 log(1/ε), κ the ratio of curvatures."""
     f = lambda x: (x ** 2 - 1) ** 2 + 0.3 * x
     def ends(noise, runs):
         x = torch.full((runs,), 1.5, dtype=torch.float64)
@@ -792,7 +792,7 @@ def inner_loops():
     """One report asks whether the inner problem of a bilevel problem needs gradient descent. Here
     the outer one is the best λ of ridge regression for held-out data; the inner one, its weights w,
     has a closed form, and dw/dλ = -(xᵀx + λI)⁻¹ w. So the outer gradient is exact. tbptt-reach is
-    right for the gradient and wrong for the state: with W_h = I and small numbers the network
+    right for the gradient and wrong for the state: with W_h = I and small values the network
     remembers, and its last state moves with an input 12 steps back."""
     x, y, held_x, held_y, lam = normal(20, 4), normal(20), normal(10, 4), normal(10), double(0.7)
     w = ridge(x, y, lam)
@@ -823,14 +823,14 @@ def inner_loops():
 def never_zeroed():
     """One report sees its loss "exploding exponentially" with gradients that were never zeroed. The
     loss compares the means of z, z² and z⁴ of a batch of codes with those of noise. Each step uses
-    the sum of gradients so far, which Adam scales to full length. In plain gradient descent that is
-    momentum with factor 1, which z⁴ makes explode: its curvature grows until learning rate times
-    curvature passes 4. The rate is the largest 0.01 / 2^i at which zeroed gradients stay finite."""
-    def losses(optimiser, rate, zeroed, powers=(1, 2, 4)):
+    the sum of gradients so far, which Adam scales to full length. In plain descent this is momentum
+    with factor 1. It explodes with z⁴, whose curvature grows until learning rate times curvature
+    passes 4. The learning rate is the largest 0.01 / 2^i that works with zeroed gradients."""
+    def losses(optimiser, lr, zeroed, powers=(1, 2, 4)):
         with torch.random.fork_rng(devices=[]):  # the same data, weights and noise each time
             x, w = 2 * torch.rand(256, 8).double(), torch.randn(8, 4).double() / 8 ** 0.5
             w, b = w.requires_grad_(), torch.zeros(4).double().requires_grad_()
-            opt, seen = optimiser([w, b], lr=rate), []
+            opt, seen = optimiser([w, b], lr=lr), []
             for _ in range(300):
                 z, noise = x @ w + b, normal(256, 4)
                 loss = sum(((z ** k).mean(0) - (noise ** k).mean(0)).pow(2).mean() for k in powers)
@@ -845,9 +845,9 @@ def never_zeroed():
     yield holds("grad-accumulate", "With Adam, gradients that are never zeroed make this loss "
                 "explode.", "explodes", f"{first:.2g}, {early:.0e}, {late:.0e} (zeroed: "
                 f"{zeroed[-1]:.2g})", late > max(1e5, 10 * early) and zeroed[-1].item() < 10)
-    sgd, rates = torch.optim.SGD, [0.01 / 2 ** i for i in range(10)]
-    rate = next(rate for rate in rates if losses(sgd, rate, True)[-1].isfinite())
-    fourth, without = losses(sgd, rate, False).max().item(), losses(sgd, rate, False, (1, 2))
+    sgd, lrs = torch.optim.SGD, [0.01 / 2 ** i for i in range(10)]
+    lr = next(lr for lr in lrs if losses(sgd, lr, True)[-1].isfinite())
+    fourth, without = losses(sgd, lr, False).max().item(), losses(sgd, lr, False, (1, 2))
     yield refuted("grad-accumulate-sgd", "Plain gradient descent without zeroing makes any loss "
                   "explode.", "explodes", f"with z⁴ {fourth:.2g}, without {without.max():.2g}",
                   without.max().item() <= 2 * without[0].item() and fourth > 1e12)
@@ -862,12 +862,12 @@ THREE_WEIGHTS = (1 / 6, 2 / 3, 1 / 6)
 def noise_parts(loss, D, x):
     """½ L'' ‖∇D‖² and ½ L' ΔD at x [B, d], [B] each: E L(D(x + s e)) = L(D(x)) + s² (their sum) +
     O(s⁴) for noise e of mean 0, covariance I and no third moments. ΔD = Σ_i ∂²D/∂x_i².
-    loss: number -> number; D: [d] -> number; both smooth."""
+    loss: scalar -> scalar; D: [d] -> scalar; both smooth."""
     d = vmap(D)(x)
-    slope, bend = vmap(jacrev(D))(x), vmap(jacrev(jacrev(D)))(x)
+    grad, hessian = vmap(jacrev(D))(x), vmap(jacrev(jacrev(D)))(x)
     first, second = vmap(jacrev(loss))(d), vmap(jacrev(jacrev(loss)))(d)
-    laplacian = bend.diagonal(dim1=1, dim2=2).sum(dim=1)
-    return second * slope.pow(2).sum(dim=1) / 2, first * laplacian / 2
+    laplacian = hessian.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return second * grad.pow(2).sum(dim=1) / 2, first * laplacian / 2
 
 
 @theme
@@ -900,7 +900,7 @@ def noise_on_the_input():
 
 # --- flows and autoencoders --------------------------------------------------------------------
 
-TOPICS["flows and autoencoders"] = """Three ways to give each picture x a code z. A flow maps codes
+TOPICS["flows and autoencoders"] = """Three methods give each picture x a code z. A flow maps codes
     to pictures by an invertible function. GLO learns one free code for each picture. A variational
     autoencoder (VAE) learns q(z given x), a distribution of codes. Which codes can be sampled?"""
 
@@ -974,7 +974,7 @@ def best_linear_vae(variance, v, pixels=1):
 def codes():
     """M is four coupling layers in the plane; p must sum to 1. Nothing ties GLO's codes to a
     distribution (Bojanowski et al. 2018 fit one later): only the training pictures, here from a
-    ring of 8 modes, have codes. The check counts points within 3 standard deviations of one."""
+    ring of 8 modes, have codes. The check counts points within 3 standard deviations of a mode."""
     line = torch.linspace(-20, 20, 401, dtype=torch.float64)
     p = coupling_log_prob(torch.cartesian_prod(line, line), random_coupling(2, 4)).exp()
     yield holds("change-of-variables", "log p(x) = log p_z(M⁻¹(x)) + log |det ∂M⁻¹/∂x|.",
@@ -999,13 +999,13 @@ def codes():
 
 @theme
 def vae():
-    """log p(x) - ELBO = KL(q ‖ p(z given x)) (Kingma, Welling 2014). The largest mean log p(x), the
-    evidence, is the smallest KL(data ‖ model). One report asks vae-posterior: N(0, I) is the prior
-    of z, before x is seen, and z is sampled. In no-density G's pictures, with noise s, are a
-    surface: on it the log density rises by log 10 for each missing dimension as s falls tenfold;
-    beside, it falls to -∞. One report leaves out the 1/2 of kl-closed-form. An encoder gives log
-    σ², which may be any number. In posterior collapse q is the prior for every x. In a linear VAE
-    with one code the best ‖w‖² is λ - v, or 0 if λ < v, λ the largest eigenvalue of the data's
+    """log p(x) - ELBO = KL(q ‖ p(z given x)) (Kingma, Welling 2014). A maximal mean of log p(x),
+    the evidence, is a minimal KL(data ‖ model). One report asks vae-posterior: N(0, I) is the prior
+    of z, before x is seen, and z is sampled. In no-density G's pictures form a surface. With noise
+    s, the log density on it rises by log 10 for each missing dimension when s falls tenfold; off
+    it, it falls to -∞. One report leaves out the 1/2 of kl-closed-form. An encoder returns log σ²,
+    which may be negative. In posterior collapse q is the prior for every x. In a linear VAE with
+    one code the best ‖w‖² is λ - v, or 0 if λ < v, λ the largest eigenvalue of the data's
     covariance (Lucas et al. 2019), and the KL log(λ/v)/2. A smaller v (01: x_sigma2) is a cure."""
     w, v = normal(5, 2), 0.3
     x = w @ normal(2) + v ** 0.5 * normal(5)
@@ -1027,7 +1027,7 @@ def vae():
     (before, there), (_, off) = ([log_p(x, s ** 2) for s in (1e-3, 1e-4)]
                                  for x in (on, on + 0.1 * normal(5)))
     yield holds("no-density", "If z is shorter than x, the pictures G(z) have no density p(x).",
-                "(5 - 2) log 10 = 6.908 a step", f"{there - before:.3f} on the surface (beside: "
+                "(5 - 2) log 10 = 6.908 a step", f"{there - before:.3f} on the surface (off it: "
                 f"{off:.0e})", abs(there - before - 3 * math.log(10)) < 1e-3 and off < -1e4)
     mean, cov = normal(3), random_covariance(3)
     steps = 3 ** 0.5 * torch.linalg.cholesky(cov).T  # row i is √d L_i
@@ -1047,9 +1047,9 @@ def vae():
 
 @theme
 def blur():
-    """Squared error and cross-entropy are convex, with gradient 0 at the mean. One of the pictures
-    that fit a code has on average twice the squared error. A GAN avoids the mean: D sees that it is
-    not among the data. In shift-blind pictures are lines that wander down a square."""
+    """Squared error and cross-entropy are convex, with gradient 0 at the mean. A picture that fits
+    the code has on average twice the squared error. A GAN avoids the mean: D sees that it is not
+    among the data. In shift-blind the pictures are lines that wander down a square."""
     x = torch.rand(5, 784, dtype=torch.float64)  # five pictures that fit one code
     mean, error = x.mean(dim=0), lambda answer: (x - answer).pow(2).sum(dim=1).mean()
     size = max(gradient(f, mean).abs().max().item() for f in (
@@ -1131,12 +1131,12 @@ def best_d():
 
 @theme
 def saturation():
-    """In the logit a the gradients are -σ(a) and -(1 - σ(a)). One report states -∞ for
-    D(G(z)) -> 1. That is -1/(1 - D), in D's output, but G is reached through a, and the sigmoid's
-    derivative D (1 - D) takes the factor away. One report states that with a squared error G's
-    gradient vanishes, another that this loss is good. Both are right: on a sigmoid it is
-    2 (σ - 1) σ (1 - σ), on raw scores 2 (a - 1) (LSGAN, Mao et al. 2017). Maximising σ² is another
-    loss, with -2 σ² (1 - σ). In log-plus-eps G's gradient is -σ (1 - σ) / (σ + 1e-8)."""
+    """In the logit a the gradients are -σ(a) and -(1 - σ(a)). One report states -∞ for D(G(z)) ->
+    1. That is -1/(1 - D), in D's output, but G is trained through a, and the sigmoid's derivative D
+    (1 - D) takes the factor away. One report states that with a squared error G's gradient
+    vanishes, another that this loss is good. Both are right: on a sigmoid it is 2 (σ - 1) σ (1 -
+    σ), on raw scores 2 (a - 1) (LSGAN, Mao et al. 2017). Maximising σ² is another loss, with -2 σ²
+    (1 - σ). In log-plus-eps G's gradient is -σ (1 - σ) / (σ + 1e-8)."""
     at = lambda a, loss: gradient(loss, double(a)).item()
     minimax, D = lambda a: F.logsigmoid(-a), 1 / (1 + math.exp(20))
     low, nonsaturating = at(-20.0, minimax), at(-20.0, lambda a: -F.logsigmoid(a))
@@ -1167,8 +1167,8 @@ def smoothed_d(p, q, real=0.9, fake=0.0):
 def smoothing():
     """One report calls the floor "an asymptotic bound"; its log shows 0.3253. The cross-entropy of
     a label y is H(y) + KL(y ‖ D), the fakes' part is >= 0. Why only real labels? With β = 0, D* is
-    only scaled; with β > 0 it is about β and flat where p is small beside q, and shows G no way to
-    the data (Salimans et al. 2016), as log D* shows for p = N(0, 1), q = N(6, 1) at x = 6."""
+    only scaled; with β > 0 it is about β and flat where p is small compared with q, and does not
+    lead G to p (Salimans et al. 2016), as log D* shows for p = N(0, 1), q = N(6, 1) at x = 6."""
     a = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
     lowest = F.binary_cross_entropy_with_logits(a, torch.full_like(a, 0.9), reduction="none").min()
     yield holds("smoothing-floor", "With real label 0.9 D's loss is at least H(0.9) = 0.3251.",
@@ -1183,7 +1183,7 @@ def smoothing():
         pairs.append((gradient(loss, smoothed_d(p, q, real, fake)), 0))
         at_6.append(gradient(log_d, double(6.0)).item())
     yield holds("smoothing-optimum", "With real label α, fake label β the best D is (α p + β q) / "
-                "(p + q), flat where p is small beside q if β > 0.", *equal(
+                "(p + q), flat where p is small compared with q if β > 0.", *equal(
                     *pairs, note="at x = 6: {:.1f} for β = 0, {:.0e} for 0.1".format(*at_6),
                     and_also=abs(at_6[0] + 6) < 1e-3 and -1e-6 < at_6[1] < -1e-7))
 
@@ -1193,11 +1193,11 @@ def reading_a_log():
     """One report asks when to stop. Let q = p, so that nothing is left to learn, and D = σ(b). If D
     drifts from b = 0 to 0.3, Loss_D changes by 2 %, as its gradient is 0, and Loss_G = -log D by 20
     %, with the same G. For each fake D's loss is -log(1 - D), which makes the curves look like
-    mirror images. At balance Loss_G is log 2 and Loss_D, a sum of two, 2 log 2; above that D is
-    worse than a coin. If it says "real" to all, as b = 2 here, Loss_G is low and Loss_D high. One
-    report shows the log of double-sigmoid, and one report asks why the losses are constant; the
-    cause is our inference, as all digits agree. D ends in a sigmoid, 1 on reals and 0 on fakes, and
-    the loss applies another. The first lets no gradient through."""
+    mirror images. At balance Loss_G is log 2 and Loss_D, a sum of two, 2 log 2; with a higher
+    Loss_D, D is worse than guessing. If it says "real" to all, as b = 2 here, Loss_G is low and
+    Loss_D high. One report shows the log of double-sigmoid, and one report asks why the losses are
+    constant; the cause is our conclusion, because all digits agree. D ends in a sigmoid, 1 on reals
+    and 0 on fakes, and the loss applies another. The first lets no gradient through."""
     losses = lambda b: (F.softplus(-b) + F.softplus(b), F.softplus(-b))  # of D (both parts), of G
     of_d, of_g = (gradient(lambda b: losses(b)[i], double(0.0)).item() for i in range(2))
     (before_d, before), (after_d, after), (high_d, low) = (
@@ -1232,13 +1232,13 @@ def draw_fingerprints(smoothing, twice):
         line, = smoothing.plot(a, loss, label=f"real label {label}")
         if label < 1:
             smoothing.axhline(loss.min(), color=line.get_color(), linestyle=":")
-    smoothing.set(title="no loss below H(label), dotted", ylim=(0, 2),
+    smoothing.set(title="dotted: H(label), the minimum", ylim=(0, 2),
                   xlabel="D's logit on a real picture", ylabel="D's loss, nats")
     s = a.clamp(min=0)
     for name, f, colour in (("once", lambda a: a, "C0"), ("twice", torch.sigmoid, "C3")):
         twice.plot(s, F.softplus(-f(s)) + F.softplus(f(-s)), colour, label=f"Loss_D, {name}")
         twice.plot(s, F.softplus(-f(-s)), colour, linestyle="--", label=f"Loss_G, {name}")
-    twice.set(title="sigmoid twice: 1.0064 and 0.6931", xlim=(0, 8), ylim=(0, 2),
+    twice.set(title="a sigmoid applied twice: 1.0064, 0.6931", xlim=(0, 8), ylim=(0, 2),
               xlabel="D's logit: +a on reals, -a on fakes", ylabel="loss, nats")
 
 
@@ -1246,10 +1246,10 @@ def draw_fingerprints(smoothing, twice):
 def orders_of_play():
     """One report states minimax-maximin, with its condition, and that is right. An equilibrium is
     an entry that is the smallest of its column (G chooses the row) and the largest of its row.
-    Matching pennies has none, and the player who moves second wins, as it knows more. Over
+    Matching pennies has none, and the player who moves second wins, because it knows more. Over
     distributions both orders give -log 4: q = p, D = 1/2 is a saddle point. Over weights they need
     not: a G that makes one picture has the same max min, but the min max 2 JSD - log 4. Gradient
-    steps do not say which order they follow, and that of max min collapses."""
+    steps do not say which order they follow, and with max min G collapses."""
     # max_D min_G V and min_G max_D V of V [n, moves of G, moves of D]
     both_orders = lambda games: (games.amin(1).amax(1), games.amax(2).amin(1))
     games = torch.randint(10, (1000, 4, 5))
@@ -1278,12 +1278,12 @@ def orders_of_play():
 
 
 def bilinear_step(x, y, eta, k=0, exact=True, alternating=False, r1=0.0):
-    """One step of the game V = x y - r1 y²/2 with rate eta, by autograd: x descends, y ascends.
-    y looks k steps ahead, to y_k, and x descends on x y_k. exact: the gradient also goes back
-    through those steps; otherwise y_k is a constant ("rollback": y is moved, then put back). y's
-    own step starts from y and uses the old x, or, if alternating, the new one. r1: weight of the
-    R1 penalty, which is y², as D's score is linear with slope y. x and y are float64 scalar
-    tensors, and so are the two that are returned, the new x and y, without a graph."""
+    """One step of the game V = x y - r1 y²/2 by autograd: x descends, y ascends.
+    eta: the learning rate. y_k is y after k steps, and x descends on x y_k. exact: the gradient
+    also flows through these steps; if False, y_k is a constant ("rollback"). y's own step is from y
+    and uses the old x, or, if alternating, the new one. r1: weight of the R1 penalty, which is y²,
+    because y is the gradient of D's linear score. x and y are float64 scalar tensors, and so are
+    the two that are returned, the new x and y, without a graph."""
     x = x.detach().requires_grad_()
     y_k = y
     for _ in range(k):
@@ -1293,7 +1293,7 @@ def bilinear_step(x, y, eta, k=0, exact=True, alternating=False, r1=0.0):
 
 
 def momentum_step(x, y, x_before, y_before, eta, momentum, alternating=True):
-    """One step of the game V = x y with the heavy ball: a gradient step with rate eta plus
+    """One step of the game V = x y by the heavy-ball method: a gradient step of size eta plus
     `momentum` times the player's last move, x - x_before or y - y_before. x descends, y ascends on
     the old x or, if alternating, the new one. Returns the new x and y, then the old x and y."""
     x_new = x - eta * y + momentum * (x - x_before)
@@ -1302,7 +1302,7 @@ def momentum_step(x, y, x_before, y_before, eta, momentum, alternating=True):
 
 
 def growth(step, n):
-    """The largest modulus of the eigenvalues of step, a linear map of n numbers: a number.
+    """The largest modulus of the eigenvalues of step, a linear map of n values: a float.
     step takes n float64 scalar tensors and returns n. In the long run every step multiplies the
     distance to the solution 0 by the result."""
     matrix = torch.stack([torch.stack(step(*unit)) for unit in torch.eye(n).double()], dim=1)
@@ -1368,15 +1368,15 @@ def draw_bilinear(*panels):
             path.append(step(*path[-1]))
         ax.plot(*torch.tensor(path)[:, :2].T, linewidth=1)
         ax.plot(1, 0, "o", color="black", markersize=4)
-        ax.set(title=f"{name}\ndistance x {growth(step, n):.3f} a step", aspect="equal",
+        ax.set(title=f"{name}\ndistance × {growth(step, n):.3f} a step", aspect="equal",
                xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xlabel="x", ylabel="y")
 
 
 @theme
 def critics():
     """js-vs-w1 is why a WGAN has a gradient where a GAN has none (Arjovsky et al. 2017, example 1).
-    W1 is the distance by which probability must move; across the lines each is one point. A penalty
-    of 0 for a critic that does nothing has lost its -1; its gradient in w must be 2 (1 - 1/‖w‖) w,
+    W1 is the distance over which probability must move; across the lines each is one point. A
+    penalty that is 0 for a zero critic has lost its -1. Its gradient in w must be 2 (1 - 1/‖w‖) w,
     or it trains nothing. uᵀ W v of unit vectors never exceeds the largest singular value."""
     cells = torch.eye(21, dtype=torch.float64)  # row d: a distribution that is all in cell d
     pairs = [(jensen_shannon(cells[0], cells[0]), 0)]
@@ -1404,7 +1404,7 @@ def critics():
 # --- samples and scores ------------------------------------------------------------------------
 
 TOPICS["samples and scores"] = """Is a sample good, and who says so? A score squeezes many pictures
-    into one number, so it has blind spots. The MMD is a distance made of a kernel; the Inception
+    into one number, so it has blind spots. The MMD is a distance made from a kernel; the Inception
     score (IS) and the FID look through a classifier. The last claims are about making samples."""
 
 
@@ -1476,8 +1476,8 @@ def blind_spots():
 
 
 def truncated_normal_variance(limit):
-    """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit; a number.
-    That difference would lose all digits of a small t. It is also P(3/2, t²/2) / P(1/2, t²/2), with
+    """Variance of N(0, 1) given |z| <= limit: 1 - 2 t φ(t) / (2 Φ(t) - 1), t = limit; a float.
+    For a small t this difference loses all digits. It is also P(3/2, t²/2) / P(1/2, t²/2), with
     P the incomplete gamma function over the complete one, as E z² is an integral of it. limit: from
     1e-50 to inf, which gives 1. Raises ValueError for others."""
     if not limit >= 1e-50:
@@ -1605,8 +1605,8 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__, trains=False)
     g = p.add_argument_group("claims")
     g.add_argument("--only", nargs="+", metavar="ID", help="check only the themes of these claims")
-    g.add_argument("--predict", action="store_true", help="a quiz: you say first what comes out")
-    g.add_argument("--list", action="store_true", help="say what each claim states, check nothing")
+    g.add_argument("--predict", action="store_true", help="a quiz: guess first, then see why")
+    g.add_argument("--list", action="store_true", help="print what each claim states; no checks")
     args = common.parse(p, argv, quick={})
     for name in args.only or []:
         if name not in CLAIMS:
