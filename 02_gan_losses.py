@@ -124,7 +124,7 @@ def gradient_penalty(critic, x_real, x_fake, rng=None):
 def dragan_penalty(critic, x_real, rng=None):
     """E (‖∇critic(x_real + α s u / 2)‖ - 1)²: near the data (Kodali et al. 2017, as in their code).
     critic: see gradient_norms. x_real: [B, ...]. From rng, uniform in [0, 1): α for each example, u
-    for each pixel. s: standard deviation (divisor n) of this example's pixels; there, of all."""
+    for each pixel. s: standard deviation (divisor n) of this picture (theirs: of the batch)."""
     alpha = torch.rand(len(x_real), generator=rng).to(x_real)
     u = torch.rand(x_real.shape, generator=rng).to(x_real)
     scale = alpha * x_real.flatten(1).std(dim=1, correction=0) / 2
@@ -171,7 +171,7 @@ def began_d(real_error, fake_error, k):
 
 def began_k(k, real_error, fake_error, lambda_k, gamma):
     """The next k: k + λ_k (γ E real_error - E fake_error), clipped to [0, 1], a float. This keeps
-    E fake_error near γ E real_error (Berthelot et al. 2017). k: a number; errors: [B]."""
+    E fake_error near γ E real_error (Berthelot et al. 2017). k: a float; errors: [B]."""
     balance = gamma * real_error.mean() - fake_error.mean()
     return min(max(k + lambda_k * balance.item(), 0.0), 1.0)
 
@@ -379,11 +379,11 @@ MISTAKES = {  # found in the reports; --break repeats one of them, in these meth
 
 
 def broken(method, mistake):
-    """The method with one of the MISTAKES."""
+    """The method, changed so that it makes one of the MISTAKES."""
     if mistake == "averaged-log":  # the mean of the two terms, not their sum
         return method._replace(loss_d=lambda *args: method.loss_d(*args) / 2)
     # D gets a sigmoid at its end. The loss takes its output for a logit, or for the score of lsgan.
-    # The log gets the scores of D without this sigmoid, which are logits
+    # The log uses D without this sigmoid, whose scores are logits
     with_sigmoid = lambda D: lambda x, y: (D(x, y)[0].sigmoid(), None)
     return method._replace(loss_d=lambda D, *args: method.loss_d(with_sigmoid(D), *args),
                            loss_g=lambda D, *args: method.loss_g(with_sigmoid(D), *args),

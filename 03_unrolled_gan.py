@@ -104,7 +104,7 @@ def plane_nets(d_z):
     G = nn.Sequential(nn.Linear(d_z, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                       nn.Linear(128, 2))
     D = nn.Sequential(nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 1), nn.Flatten(0))  # [B]
-    D.register_forward_pre_hook(lambda D, inputs: (inputs[0] / 4,))  # D sees x / 4, of size 1
+    D.register_forward_pre_hook(lambda D, inputs: (inputs[0] / 4,))  # D sees x / 4, near 1 in size
     for layers, gain in ((G[:-1], 1.6), ([G[-1], *D], 0.8)):
         for layer in layers:
             if isinstance(layer, nn.Linear):
@@ -293,7 +293,7 @@ def plot_snapshot(ax, data, samples, levels=None):
 
 
 def caption(row):
-    """The step of a row of the log, and what was measured there."""
+    """A panel's title: the step of a row of the log, and what was measured after it."""
     found = [f"{key} {row[key]:.3g}" for key in ("modes", "classes", "good") if key in row]
     return f"step {row['step']:,}\n{', '.join(found)}"
 
@@ -333,7 +333,7 @@ def save_animation(run, args, data):
 
 
 def snapshots_of(run):
-    """By model and step: of the finished training runs, and of the one that is running."""
+    """{model: {step: what is shown}} of the finished training runs and of the current one."""
     done = {name: numbers["snapshots"] for name, numbers in run.done.items()}
     return done if run.name in done else done | {run.name: run.extra}
 

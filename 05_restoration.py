@@ -366,7 +366,7 @@ def find_digit(args, x, mask):
     missing = mask * (paper - x)  # the light that ink absorbs
     if missing.quantile(0.995) < 0.05 or mask.mean() < 0.2:  # the grain of a photo takes 0.02
         raise ValueError(f"{args.image} shows no digit" if not args.mask else f"{args.mask} hides "
-                         "all ink: white is restored, black is kept; is it inverted?")
+                         "all ink: white is restored, black is not; is it inverted?")
     dark = missing / paper.clamp(min=1e-6)
     pen = dark.quantile(0.995)  # of the pixels: half a percent of the photo, or more, is ink
     ink = (2 * dark / pen - 0.5).clamp(0, 1)  # 0 below a quarter of the pen: removes ruled lines

@@ -17,7 +17,7 @@ See      pictures.png: reconstructions, samples and interpolations. cdf.png: the
          and samples of N(0, I) decode to a blur. With the penalty by moments
          the variance is 0.99, and the samples are digits.
 Differs  In the report λ doubles after each epoch, and z has 100 dimensions.
-         Here it has 8, as in Tolstikhin et al., who keep λ at 10.
+         Here it has 8, as in Tolstikhin et al., whose λ is always 10.
 Try      Write 1.8 for the 3 in TARGET_MOMENTS, the kurtosis of a uniform
          distribution. What becomes of the curves in cdf.png? Predict, then run.
 Run      python 06_wae_moments.py

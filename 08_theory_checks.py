@@ -206,7 +206,7 @@ def receptive_fields():
 
 
 @figure("receptive_field", "Receptive field: what four layers see, and what it costs", 1, 2)
-def draw_receptive_field(*panels):
+def plot_receptive_field(*panels):
     for name, net in GROWTH.items():
         found = zip(*(receptive_field(net[:i])[:2] for i in range(len(net) + 1)))
         x = [4 * i / len(net) for i in range(len(net) + 1)]  # a pooling is half a step
@@ -381,7 +381,7 @@ def coverage():
 
 @figure("transposed_coverage", "Which pixels depend on the code? White: these do. Black: these are "
         "always 0.", 1, 2)
-def draw_transposed_coverage(*panels):
+def plot_transposed_coverage(*panels):
     for ax, layers, name in zip(panels, (REPORT_G, FIXED_G), ("the report's G", "a fixed G")):
         depends = covered(layers)
         ax.imshow(depends.numpy(), cmap="gray", vmin=0, vmax=1)
@@ -1225,7 +1225,7 @@ def reading_a_log():
 
 
 @figure("fingerprints", "Two constants in the log of a GAN", 1, 2)
-def draw_fingerprints(smoothing, twice):
+def plot_fingerprints(smoothing, twice):
     a = torch.linspace(-6, 8, 300, dtype=torch.float64)
     for label in (1.0, 0.9, 0.7):
         loss = F.binary_cross_entropy_with_logits(a, torch.full_like(a, label), reduction="none")
@@ -1353,7 +1353,7 @@ def the_smallest_gan():
 
 @figure("bilinear", "V = x y: x descends, y ascends, η = 0.1, 150 steps from the black dot",
         2, 4, width=3, height=3.6)
-def draw_bilinear(*panels):
+def plot_bilinear(*panels):
     kinds = {"plain": {}, "rollback, k = 1": dict(k=1, exact=False),
              "rollback, k = 2": dict(k=2, exact=False), "exact, k = 1": dict(k=1),
              "in turn": dict(alternating=True),
@@ -1411,7 +1411,7 @@ TOPICS["samples and scores"] = """Is a sample good, and who says so? A score squ
 def inception_score(probs):
     """IS = exp(mean_x KL(p(y given x) ‖ p(y))), p(y) the mean; probs [N, K], rows sum to 1.
     Returns a scalar tensor. Where a probability is 0, its gradient is 0. Raises ValueError for rows
-    that are no probabilities, such as logits."""
+    that are not probabilities, such as logits."""
     if (probs < 0).any() or not ((probs.sum(dim=1) - 1).abs() < 0.01).all():
         raise ValueError("the rows of probs must be >= 0 and sum to 1: take a softmax")
     kl = (x_log_y(probs, probs) - x_log_y(probs, probs.mean(dim=0))).sum(dim=1)

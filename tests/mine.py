@@ -58,7 +58,7 @@ def book(number):
     first, end = (0, names.index("model")) if "model" in names else (1, names.index("main"))
     found = ast.parse("# --- ".join(["", *sections[first:end]])).body
     return {f.name: f for f in found if isinstance(f, ast.FunctionDef) and f.args.args
-            and not f.name.startswith(("_", "draw_"))}
+            and not f.name.startswith(("_", "plot_"))}
 
 
 def constants(number):
