@@ -1,7 +1,7 @@
-r"""07 - Three ways to bound the slope of D, and two scores for generators.
+r"""07 - Three ways to bound the slope of D, and four scores for generators.
 
-Papers   Arjovsky 2017, 1701.07875; Gulrajani 2017, 1704.00028; Miyato 2018,
-         1802.05957; scores: Salimans 2016, 1606.03498; Heusel 2017, 1706.08500
+Papers   WGAN 1701.07875, WGAN-GP 1704.00028, spectral norm 1802.05957; scores:
+         IS 1606.03498, FID 1706.08500, KID 1801.01401, recall 1904.06991
 Idea     The slope of D at a picture x is ‖∇D(x)‖. Data p and samples q have
          the Wasserstein distance max E_p D - E_q D, slopes <= 1   -> wgan_d()
          To bound the slope: clip D's weights (wgan)               -> clip()
@@ -10,6 +10,8 @@ Idea     The slope of D at a picture x is ‖∇D(x)‖. Data p and samples q ha
          IS = exp E KL(p(y|x) ‖ p(y)), classes y         -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½): means, covariances of a
          network's features of data and samples        -> frechet_distance()
+         KID: the MMD² of these features, also for few   -> kernel_distance()
+         Recall: the share of real pictures near a sample         -> recall()
 See      samples.png; scores.png: scores and slope of D during training;
          truncation.png. On MNIST the FID is 10 to 16 for vanilla (plain GAN),
          sn and wgan-gp, and 60 for wgan: a stable GAN gains little.
@@ -21,11 +23,11 @@ Run      python 07_sn_wgan_gp.py
          python 07_sn_wgan_gp.py --score out/*/samples*.pt
 """
 
-import copy
 import math
 import socket
+from functools import partial
 from glob import glob
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -40,7 +42,7 @@ import common
 
 SMALL = 1024  # pictures of at most so many values (C·H·W) have fully connected layers
 SNAPSHOTS = (0.05, 0.2, 0.5, 1.0)  # shares of a training run after which process.png is written
-N_SAMPLES = 10_000  # pictures in samples_{model}.pt
+N_SAMPLES, N_PAIRS = 10_000, 2000  # samples of a model; of these, recall and KID compare all pairs
 LIMITS = (0.25, 0.5, 1.0, 2.0, math.inf)  # of |z|, for truncation.png
 
 
@@ -74,8 +76,7 @@ def wgan_g(fake):
 
 def clip(net, limit):
     """Clips every parameter of the module net to [-limit, limit], in place (Arjovsky 2017, alg. 1).
-    The slope of D is then at most Π limit √(weights of a layer), times SiLU's largest slope 1.1 for
-    each hidden layer: 240 for 28x28 grey pixels and 0.03. Training reaches far less."""
+    This bounds the slope of D: 240 for 28x28 grey pixels and 0.03. Training reaches far less."""
     with torch.no_grad():
         for p in net.parameters():
             p.clamp_(-limit, limit)
@@ -168,19 +169,25 @@ def inception_score(probs, splits=1):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
+def check_features(features_a, features_b, rows):
+    """Both in float64. ValueError unless they are [N, d] of any dtype, with the same d, at least
+    `rows` rows each (N may differ), and finite values."""
+    for x in (features_a, features_b):
+        if x.ndim != 2 or x.shape[1:] != features_a.shape[1:] or len(x) < rows or (
+                not x.isfinite().all()):
+            raise ValueError(f"features {tuple(features_a.shape)} and {tuple(features_b.shape)} "
+                             f"must be finite, [N, d] with the same d and at least {rows} rows")
+    return features_a.double(), features_b.double()
+
+
 def frechet_distance(features_a, features_b):
     """‖m_a - m_b‖² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), a float (Heusel et al. 2017).
 
-    features [N, d] of any dtype, N may differ; m: means, C: unbiased covariances, in float64. The
-    squared W2 distance of two Gaussians with these m and C; 0 for equal sets, else above 0, but
-    rounding may give -1e-8 d (tr C_a + tr C_b) if the C are singular. Raises ValueError for other
-    dimensions, different d, values that are not finite, and d rows or fewer, where the result would
-    say more about N than about the features."""
-    for x in (features_a, features_b):
-        if x.ndim != 2 or not x.shape[1] == features_a.shape[-1] < len(x) or not x.isfinite().all():
-            raise ValueError(f"features {tuple(features_a.shape)} and {tuple(features_b.shape)} "
-                             "must be finite, [N, d] with the same d and at least d + 1 rows")
-    a, b = features_a.double(), features_b.double()
+    features: see check_features; m: means, C: unbiased covariances. The squared W2 distance of two
+    Gaussians with these m and C; 0 for equal sets, else above 0, but rounding may give
+    -1e-8 d (tr C_a + tr C_b) if the C are singular. ValueError for d rows or fewer, where the
+    result would say more about N than about the features."""
+    a, b = check_features(features_a, features_b, math.prod(features_a.shape[1:]) + 1)
     cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     # C_a^½ C_b C_a^½ is symmetric and has the eigenvalues of C_a C_b
@@ -188,6 +195,39 @@ def frechet_distance(features_a, features_b):
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     apart = (a.mean(dim=0) - b.mean(dim=0)).pow(2).sum()
     return (apart + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def kernel_distance(features_a, features_b):
+    """KID: E k(a, a') + E k(b, b') - 2 E k(a, b), k(a, b) = (a·b / d + 1)³ (Binkowski et al. 2018).
+    A float. Means over all pairs of different rows, so it is unbiased: 0 on average for samples of
+    one distribution, however few; a single value may be negative. features: see check_features.
+    ValueError for fewer than 2 rows."""
+    a, b = check_features(features_a, features_b, 2)
+
+    def total(a, b):  # over all pairs, a thousand rows at a time
+        return sum(((part @ b.T / b.shape[1] + 1) ** 3).sum() for part in a.split(1000))
+
+    def within(a):
+        with_itself = (((a ** 2).mean(dim=1) + 1) ** 3).sum()
+        return (total(a, a) - with_itself) / (len(a) * (len(a) - 1))
+
+    return (within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))).item()
+
+
+def recall(features_real, features_fake, k=3):
+    """Share of the real rows within the radius of a fake row, which is the distance to its k-th
+    nearest other fake row (Kynkäänniemi et al. 2019, eq. 2): how much of the data's variety the
+    fakes have. A float; compare equal N only. features: see check_features. ValueError for k < 1
+    and k rows or fewer. Precision, with the roles exchanged, is left out: a G that generates a
+    single good picture has the precision 1."""
+    real, fake = check_features(features_real, features_fake, k + 1)
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, not {k}")
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # exact 0
+    radii = torch.cat([distances(part, fake).topk(k + 1, largest=False).values[:, -1]  # with itself
+                       for part in fake.split(1000)])
+    inside = [(distances(part, fake) <= radii).any(dim=1) for part in real.split(1000)]
+    return torch.cat(inside).double().mean().item()
 
 
 def truncated_normal(n, d, limit, rng=None):
@@ -334,7 +374,14 @@ def train(run, args, model, n_critic, images, quick_score):
         schedule_g.step()
         run.log(loss_d=loss_d, loss_g=loss_g)
         if run.every(10) or run.at(SNAPSHOTS):
-            monitor(run, D, average, torch.cat([x, x_fake]), z_fixed[:args.n_score], quick_score)
+            z = z_fixed[:args.n_score]
+            swa_utils.update_bn(z.split(1000), average)  # it had the statistics of other weights
+            if run.at(SNAPSHOTS):
+                run.snapshot(generate(average, z[:36]))
+        if run.every(10):  # in evaluation mode, the u of SpectralNorm does not change
+            slope = gradient_norms(D.eval(), torch.cat([x, x_fake])).mean().item()
+            run.add_to_row(slope=slope, **quick_score(average, z))
+            D.train()
 
     swa_utils.update_bn(z_fixed.split(1000), average)
     return average.module, z_fixed
@@ -347,20 +394,6 @@ def optimisers(args, model, G, D, steps, side):
             for net, lr in ((D, args.lr_d or model.lr_d), (G, lr_g))]
     return *opts, *(lr_scheduler.LambdaLR(opt, lambda step: min(1, 2 - 2 * step / steps))
                     for opt in opts)
-
-
-def monitor(run, D, average, x, z, quick_score):
-    """During training: slope and scores for the log, the weights of the best FID, a snapshot."""
-    # batch norm's running statistics are those of other weights: compute the average's own
-    swa_utils.update_bn(z.split(1000), average)
-    if run.every(10):
-        scores = quick_score(average, z)
-        run.add_to_row(slope=gradient_norms(D.eval(), x).mean().item(), **scores)
-        D.train()  # in evaluation mode, u does not change
-        if "FID" in scores and scores["FID"] < run.extra.get("FID", math.inf):
-            run.extra.update(scores, step=run.step, G=copy.deepcopy(average.module.state_dict()))
-    if run.at(SNAPSHOTS):
-        run.snapshot(generate(average, z[:36]))
 
 
 @torch.no_grad()
@@ -386,55 +419,41 @@ class Metric(NamedTuple):
 def make_metric(run, args, images, test):
     """A classifier of grey pictures, trained here; Inception v3 for colour, or None without it."""
     if images.x.shape[1] == 1:
-        net = train_classifier(run, args, images, test)
-        return Metric("fashion" if args.data == "fashion" else "digit", net,
-                      features_and_probs(net, test.x)[0], images.x[-N_SAMPLES:], True)
-    weights, d = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1, 2048
-    socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
-    try:
-        state = weights.get_state_dict(check_hash=True, weights_only=True)
-    except Exception:  # no network, or a broken file: the answer is the same
-        why = ("no scores: Inception v3, which scores colour pictures, cannot be downloaded; put "
-               f"{Path(weights.url).name} into {Path(torch.hub.get_dir()) / 'checkpoints'}")
-        return common.fail(why) if args.score else print(why)
-    net = inception(state).to(run.device).eval()
-    # an FID needs more than d pictures: if test is smaller, half of the training pictures
-    halve = len(test.x) <= d < len(images.x) // 2
-    reference, real = (images.x[::2], images.x[1::2]) if halve else (test.x, images.x)
-    if min(len(reference), args.n_samples) <= d:
-        print(f"no FID: it needs {d + 1:,} samples and twice as many training pictures")
-    reference, _ = features_and_probs(net, reference[:N_SAMPLES])
-    return Metric("Inception", net, reference, real[-N_SAMPLES:], False)
+        net, name = train_classifier(run, args, images, test), "digit"
+    else:
+        weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
+        socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
+        try:
+            state = weights.get_state_dict(check_hash=True, weights_only=True)
+        except Exception:  # no network, or a broken file: the answer is the same
+            why = ("no scores: Inception v3, which scores colour pictures, cannot be downloaded; "
+                   f"put {Path(weights.url).name} into {Path(torch.hub.get_dir()) / 'checkpoints'}")
+            return common.fail(why) if args.score else print(why)
+        net, name = inception(state).to(run.device).eval(), "Inception"
+    reference, _ = features_and_probs(net, test.x[:N_SAMPLES])
+    if min(len(reference), args.n_samples) <= reference.shape[1]:
+        print(f"no FID: it needs {reference.shape[1] + 1:,} test pictures, and as many samples")
+    return Metric("fashion" if args.data == "fashion" else name, net, reference,
+                  images.x[-N_SAMPLES:], name == "digit")
 
 
 def train_classifier(run, args, images, test):
-    """A classifier of the data: the one that an earlier run has saved in --out, or a new one."""
-    file = args.out / f"{args.data}_classifier.pt"
-    settings = {key: str(vars(args).get(key))
-                for key in ("training_pictures", "seed", "classifier_steps")}
+    """A classifier of the data. The same data and seed give the same one."""
+    print("training a classifier, whose features the scores need")
     torch.manual_seed(args.seed)
     net = classifier(images.x.shape[2], int(images.y.max()) + 1).to(run.device)
     opt = torch.optim.Adam(net.parameters(), fused=True)
     schedule = lr_scheduler.OneCycleLR(opt, max_lr=0.01, total_steps=args.classifier_steps)
-    batches = run.batches(images, 128)
-    for _ in run.each(["classifier"]):
-        if file.exists():
-            net.load_state_dict(common.load_saved(file, settings, ["classifier"])["classifier"])
-        else:
-            for _ in run.steps(args.classifier_steps, net=net, opt=opt, schedule=schedule):
-                x, y = next(batches)
-                loss = F.cross_entropy(net(x), y)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                schedule.step()
-                run.log(loss=loss)
-            common.save({"settings": settings, "classifier": net.state_dict()}, file)
-            run.rows.clear()  # the log is for the GANs
-        run.done["classifier"] = net.state_dict()
-    net.load_state_dict(run.done["classifier"])
+    batches = run.batches(images, 128 * common.WORLD)  # each process trains its own
+    for _ in range(args.classifier_steps):
+        x, y = next(batches)
+        loss = F.cross_entropy(net(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
     right = features_and_probs(net.eval(), test.x)[1].argmax(dim=1) == test.y.cpu()
-    print(f"the classifier is right for {100 * right.float().mean():.2f} % of the test pictures")
+    print(f"it is right for {100 * right.float().mean():.2f} % of the test pictures")
     return net
 
 
@@ -447,13 +466,19 @@ def features_and_probs(net, x):
     return torch.cat(features).cpu(), logits.cpu().softmax(dim=1)
 
 
-def score(features, probs, reference):
-    """FID (if N, M > d), IS, and KL(shares of the classes ‖ uniform) in nats, a dict, of pictures
-    with these features [N, d] and probs [N, K]. reference [M, d]: features of real pictures."""
-    p = torch.bincount(probs.argmax(dim=1), minlength=probs.shape[1]).double() / len(probs)
-    scores = {"IS": inception_score(probs)[0], "KL": torch.xlogy(p, len(p) * p).sum().item()}
-    if min(len(features), len(reference)) > features.shape[1]:
-        scores["FID"] = frechet_distance(features, reference)
+def score(metric, x, pairs=True):
+    """A dict for pictures x, uint8: FID (if there are enough), IS, KL(shares of the classes ‖
+    uniform) in nats and, which takes longer, KID and recall of the first N_PAIRS."""
+    features, probs = features_and_probs(metric.net, x)
+    scores = {"IS": inception_score(probs)[0]}
+    if metric.trained_here:  # the classes are those of the data
+        p = torch.bincount(probs.argmax(dim=1), minlength=probs.shape[1]).double() / len(probs)
+        scores["KL"] = torch.xlogy(p, len(p) * p).sum().item()
+    if min(len(features), len(metric.reference)) > features.shape[1]:
+        scores["FID"] = frechet_distance(features, metric.reference)
+    if pairs and len(x) > 3:
+        pair = metric.reference[:N_PAIRS], features[:N_PAIRS]
+        scores |= {"KID": kernel_distance(*pair), "recall": recall(*pair)}
     return scores
 
 
@@ -461,19 +486,16 @@ def quick_score(metric, G, z):
     """Scores of G during training; {} for Inception, which would take minutes each time."""
     if metric is None or not metric.trained_here:
         return {}
-    return score(*features_and_probs(metric.net, common.to_uint8(generate(G, z))), metric.reference)
+    return score(metric, common.to_uint8(generate(G, z)), pairs=False)
 
 
 def measure(metric, x, images):
     """A row of the tables for pictures x, uint8, and 64 of them for a figure. distance: from x to
     the nearest of 10,000 training pictures, root mean square over the pixels, in [-1, 1] units."""
-    distances, _ = common.nearest(common.to_float(x[:1000]), images)
-    row = {"n": len(x), "distance": distances.mean().item(), "pictures": x[:64].cpu().clone()}
-    if metric:
-        row |= score(*features_and_probs(metric.net, x), metric.reference)
-        if not metric.trained_here:
-            del row["KL"]  # the classes of ImageNet are not those of the data
-    return row
+    distances, indices = common.nearest(common.to_float(x[:1000]), images)
+    row = {"n": len(x), "distance": distances.mean().item(), "pictures": x[:64].cpu().clone(),
+           "nearest": images.x[indices[:64]].cpu()}
+    return row | (score(metric, x) if metric else {})
 
 
 def print_measures(title, metric, images, rows):
@@ -483,8 +505,8 @@ def print_measures(title, metric, images, rows):
         noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=rng).to(real.device)
         rows = rows | {"real training pictures": measure(metric, real, images),
                        "noise": measure(metric, noise, images)}
-    heads = {c: f"{metric.name} {c}" if c in ("FID", "IS") else c
-             for c in ("n", "FID", "IS", "KL", "distance", "slope", "best FID", "at step")
+    heads = {c: f"{metric.name} {c}" if c in ("FID", "KID", "IS") else c
+             for c in ("n", "FID", "KID", "recall", "IS", "KL", "distance", "slope")
              if any(c in row for row in rows.values())}
     common.print_table([title, *heads.values()], [
         [name, *(f"{v:,}" if isinstance(v := row.get(c, math.nan), int) else f"{v:.3g}"
@@ -520,26 +542,10 @@ def plot_samples(file, images, rows, title):
         name = "\n".join(Path(name).parts[-2:]).removesuffix(".pt").replace("samples_", "")
         scores = ", ".join(f"{key} {row[key]:.3g}" for key in ("FID", "IS") if key in row)
         cells.append((f"{name}\n{scores}", common.panel(row["pictures"])))
+        if len(images.x) < 1000:  # few enough to be learned by heart
+            cells.append((f"{name}\nnearest training pictures", common.panel(row["nearest"])))
     n = 3 if len(cells) <= 6 else 4  # in a row
     common.save_panels(file, [("", cells[i:i + n]) for i in range(0, len(cells), n)], title)
-
-
-def plot_scores(args, images, names, log, metric):
-    """scores.png: scores and D's slope during training."""
-    keys = ["FID", "IS", "slope"] if metric and metric.trained_here else ["slope"]
-    fig, axes = common.figure(1, len(keys), 3.3 * len(keys) + 1.2, 3.3, f"{images.name}, seed "
-                              f"{args.seed}: {args.n_score:,} samples (thick), trend (thin)")
-    for ax, key in zip(axes[0], keys):
-        for name in names:
-            rows = [row for row in log if row["model"] == name and key in row]
-            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-            trend = list(accumulate(values, lambda s, v: 0.6 * s + 0.4 * v))
-            thick, = ax.plot(steps, values, label=name)
-            ax.plot(steps, trend, color=thick.get_color(), linewidth=0.6, alpha=0.5)
-        ax.set(title=f"{metric.name} {key}" if key != "slope" else "slope of D: mean ‖∇D‖",
-               xlabel="step of G", yscale="linear" if key != "slope" else "log")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(names) // 11)
-    common.save_figure(fig, args.out / "scores.png")
 
 
 def truncation(args, images, metric, name, weights):
@@ -561,15 +567,15 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     positive, count = common.number(float, above=0), common.number(int, 1)
     g = p.add_argument_group("models and training")
-    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                   help=f"{', '.join(MODELS)}; if not given: all but wgan-sn")
-    g.add_argument("--n-critic", nargs="+", type=count, metavar="N", help="steps of D to one of G; "
-                   "for each of these every model is trained; if not given: 1")
+    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS),
+                   default=[name for name in MODELS if name != "wgan-sn"])
+    g.add_argument("--n-critic", nargs="+", type=count, default=[1], metavar="N",
+                   help="steps of D to one of G; for each of these every model is trained")
     g.add_argument("--z-dim", type=count, default=64, help="length of z")
     g.add_argument("--steps", type=count, default=2200, help="of G, and (--n-critic 1) of D")
     g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")
-    g.add_argument("--lr-d", type=positive, help="learning rate of D; if not given: the model's")
-    g.add_argument("--lr-g", type=positive, help="learning rate of G; if not given: the model's")
+    for player in "dg":
+        g.add_argument(f"--lr-{player}", type=positive, help="if not given: the model's")
     g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0, help="of Adam")
     g.add_argument("--clip", type=positive, help="bound of wgan's weights; if not given: 0.03")
     g.add_argument("--score", nargs="+", metavar="FILE",
@@ -577,8 +583,6 @@ def parse_args(argv=None):
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=1000)
     args = common.parse(p, argv, quick=dict(data="digits", steps=6, classifier_steps=20,
                                             n_samples=1000, n_score=200))
-    args.models = args.models or [name for name in MODELS if name != "wgan-sn"]
-    args.n_critic = args.n_critic or [1]
     if args.clip and "wgan" not in args.models:
         common.fail("--clip is for wgan alone: add it to --models")
     return args
@@ -599,21 +603,17 @@ def main(argv=None):
         samples = common.to_uint8(generate(G, z))
         common.save(samples.cpu(), args.out / f"samples_{name}.pt")
         common.save(G.state_dict(), args.out / f"weights_{name}.pt")
-        row = measure(metric, samples, images)
-        row |= {"slope": run.rows[-1]["slope"], "G": copy.deepcopy(G.state_dict())}
-        if run.extra:  # early stopping: the weights whose FID was the lowest during training
-            G.load_state_dict(run.extra["G"])
-            swa_utils.update_bn(z.split(1000), G)
-            common.save(G.state_dict(), args.out / f"best_{name}.pt")
-            best = measure(metric, common.to_uint8(generate(G, z)), images)
-            row |= {"best FID": best["FID"], "at step": run.extra["step"]}
-        run.done[name] = row
-    rows = {name: row for name, row in run.done.items() if name != "classifier"}
+        run.done[name] = measure(metric, samples, images) | {
+            "slope": run.rows[-1]["slope"], "G": G.state_dict()}
+    rows, trained_here = run.done, metric and metric.trained_here
     plot_samples(args.out / "samples.png", images, rows, f"{images.name}, seed {args.seed}, "
                  f"{2 * args.steps:,} steps of D and G together, same z for all")
-    plot_scores(args, images, list(rows), run.rows, metric)
+    keys = {"FID": f"{metric.name} FID", "IS": f"{metric.name} IS"} if trained_here else {}
+    common.plot_curves(args.out / "scores.png", run.rows, keys | {
+        "slope": "slope of D: mean ‖∇D‖"}, f"{images.name}, seed {args.seed}, scores of "
+        f"{args.n_score:,} samples", log_scale=["slope"])
     print_measures(images.name, metric, images, rows)
-    if metric and metric.trained_here:
+    if trained_here:
         best = min(rows, key=lambda name: rows[name]["FID"])
         truncation(args, images, metric, best, rows[best]["G"])
 

@@ -609,7 +609,7 @@ def save_process(file, snapshots, title):
     save_figure(fig, file)
 
 
-def plot_curves(file, log, columns, title=""):
+def plot_curves(file, log, columns, title="", log_scale=()):
     """A panel for each of `columns`, {name in the log: title}, with a line for each model."""
     fig, axes = figure(1, len(columns), 3.2 * len(columns) + 1.5, 2.9, title)
     for ax, (column, text) in zip(axes[0], columns.items()):
@@ -617,7 +617,7 @@ def plot_curves(file, log, columns, title=""):
             rows = [row for row in log if row["model"] == model and column in row]
             ax.plot([row["step"] for row in rows], [row[column] for row in rows], label=model,
                     linewidth=1, marker="." if len(rows) < 3 else "")
-        ax.set(xlabel="step")
+        ax.set(xlabel="step", yscale="log" if column in log_scale else "linear")
         ax.set_title(text, fontsize=9)
         ax.grid(alpha=0.3)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

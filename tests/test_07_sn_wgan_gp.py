@@ -1,8 +1,8 @@
-"""Chapter 07: spectral norm against the SVD, and both scores against closed forms."""
+"""Chapter 07: spectral norm against the SVD, and the scores against closed forms and loops."""
 
 import importlib
 import math
-from itertools import repeat
+from itertools import combinations, repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -610,26 +610,21 @@ def test_frechet_distance_is_computed_in_float64(seed):
 
 
 BAD_FEATURES = {
-    "4 rows": normal(0, 4, 4), "3 features": normal(0, 9, 3), "vector": normal(0, 9),
+    "1 row": normal(0, 1, 4), "3 features": normal(0, 9, 3), "vector": normal(0, 9),
     "scalar": torch.tensor(1.0), "maps": normal(0, 9, 4, 1), "nan": math.nan * normal(0, 9, 4),
     "inf": normal(0, 9, 4).index_fill(0, torch.tensor([2]), math.inf)}
 
 
-@about("frechet_distance", edge=True)
+@about("frechet_distance", "kernel_distance", "recall", "check_features", edge=True)
 @pytest.mark.parametrize("bad", BAD_FEATURES)
-def test_frechet_distance_refuses_what_has_no_covariance(bad):
+def test_features_that_cannot_be_compared_are_refused(bad):
+    """Two vectors as well: one number for each picture is [N, 1]."""
     good, bad = normal(1, 9, 4), BAD_FEATURES[bad]
-    for pair in ((good, bad), (bad, good)):
-        with pytest.raises(ValueError):
-            gan.frechet_distance(*pair)
-
-
-@about("frechet_distance", edge=True)
-@pytest.mark.parametrize("shape", [(9,), ()])
-def test_frechet_distance_refuses_two_vectors(shape):
-    """One number for each picture is [N, 1]."""
-    with pytest.raises(ValueError):
-        gan.frechet_distance(torch.ones(shape), torch.ones(shape))
+    few = [(normal(i, rows, 4), good) for i, rows in ((2, 4), (3, 1), (4, 3))]
+    for compare, too_few in zip((gan.frechet_distance, gan.kernel_distance, gan.recall), few):
+        for pair in ((good, bad), (bad, good), too_few, too_few[::-1], 2 * [good[:, 0]]):
+            with pytest.raises(ValueError):
+                compare(*pair)
 
 
 @about("frechet_distance", edge=True)
@@ -639,6 +634,96 @@ def test_frechet_distance_of_features_of_low_rank_is_hardly_below_0(seed, d, ran
     a = normal(seed, 3 * d, rank) @ normal(seed + 1, rank, d)
     traces = 2 * torch.cov(a.T).trace().item()
     assert abs(gan.frechet_distance(a, a.flip(0))) <= 1e-8 * d * traces
+
+
+# --- KID and recall ----------------------------------------------------------------------------
+
+def kernel_distance_is_the_mean_over_pairs(kernel_distance, seed, n, m, d):
+    """Each pair of different rows by itself, in Python numbers."""
+    a, b = normal(seed, n, d), normal(seed + 1, m, d) + 1
+
+    def mean_kernel(a, b, same):
+        pairs = [(sum(map(math.prod, zip(u, v))) / d + 1) ** 3 for i, u in enumerate(a.tolist())
+                 for j, v in enumerate(b.tolist()) if not (same and i == j)]
+        return math.fsum(pairs) / len(pairs), math.fsum(map(abs, pairs)) / len(pairs)
+
+    (aa, size), (bb, size_b), (ab, size_ab) = (
+        mean_kernel(*pair) for pair in ((a, a, True), (b, b, True), (a, b, False)))
+    assert_close(kernel_distance(a, b), aa + bb - 2 * ab, rtol=0,  # rounding: n m d sums
+                 atol=EPS * n * m * (d + 9) * (1 + size + size_b + size_ab) * 9)
+
+
+@about("kernel_distance")
+@given(seeds(), st.integers(2, 6), st.integers(2, 6), st.integers(1, 4))
+def test_kernel_distance_is_the_mean_over_pairs(seed, n, m, d):
+    kernel_distance_is_the_mean_over_pairs(gan.kernel_distance, seed, n, m, d)
+
+
+def kid_by(power=3, one=1.0, by_d=True, own=1):
+    """own = 0: pairs of a row with itself count, a biased estimate."""
+    def distance(a, b):
+        def mean(a, b, same):
+            k = (a @ b.T / (a.shape[1] if by_d else 1) + one) ** power
+            return (k.sum() - same * k.diagonal().sum()) / (len(a) * (len(b) - same))
+        return (mean(a, a, own) + mean(b, b, own) - 2 * mean(a, b, 0)).item()
+    return distance
+
+
+@pytest.mark.parametrize("twin", [kid_by(power=2), kid_by(one=0.0), kid_by(by_d=False),
+                                  kid_by(own=0), lambda a, b: -gan.kernel_distance(a, b)])
+def test_wrong_kernel_distances_are_rejected(twin):
+    assert not rejected(kernel_distance_is_the_mean_over_pairs, kid_by(), 0, 3, 4, 2)
+    assert rejected(kernel_distance_is_the_mean_over_pairs, twin, 0, 3, 4, 2)
+
+
+@about("kernel_distance")
+@given(seeds(), st.integers(2, 4), st.integers(1, 3))
+def test_kernel_distance_is_0_on_average_over_all_ways_to_split_one_set(seed, n, d):
+    """So it has no drift with the number of rows. The biased estimate is above 0 here."""
+    x = normal(seed, 6, d)
+    splits = [gan.kernel_distance(x[list(chosen)], x[[i for i in range(6) if i not in chosen]])
+              for chosen in combinations(range(6), n)]
+    assert abs(math.fsum(splits)) <= 1e4 * EPS * (1 + sum(map(abs, splits)))
+
+
+def recall_is_that_of_the_loops(recall, seed, n, m, d, k):
+    """Small whole numbers: distances are exact, and many are equal to the radius."""
+    real, fake = (torch.randint(4, (rows, d), generator=generator(seed + i))
+                  for i, rows in enumerate((n, m)))
+    radii = [sorted(math.dist(f, g) for j, g in enumerate(fake.tolist()) if j != i)[k - 1]
+             for i, f in enumerate(fake.tolist())]
+    inside = [any(math.dist(r, f) <= radius for f, radius in zip(fake.tolist(), radii))
+              for r in real.tolist()]
+    assert_close(recall(real, fake, k), sum(inside) / n, rtol=0, atol=n * EPS)
+
+
+@about("recall")
+@given(seeds(), st.integers(4, 8), st.integers(4, 8), st.integers(1, 4), st.integers(1, 3))
+def test_recall_is_that_of_the_loops(seed, n, m, d, k):
+    recall_is_that_of_the_loops(gan.recall, seed, n, m, d, k)
+
+
+@pytest.mark.parametrize("twin", [
+    lambda real, fake, k: gan.recall(fake, real, k),      # precision
+    lambda real, fake, k: gan.recall(real, fake, k - 1) if k > 1 else 0.0,  # counts itself
+    lambda real, fake, k: gan.recall(real * 1.001, fake, k),                # < for <=
+    lambda real, fake, k: 1 - gan.recall(real, fake, k)])
+def test_wrong_recalls_are_rejected(twin):
+    assert rejected(lambda twin: [recall_is_that_of_the_loops(twin, seed, 8, 7, 3, 2)
+                                  for seed in range(20)], twin)
+
+
+@about("recall")
+@given(seeds(), st.integers(4, 30), st.integers(1, 5))
+def test_recall_sees_variety(seed, n, d):
+    """All of the data: 1. One picture again and again: only that one, while precision is 1."""
+    real = normal(seed, n, d).float() + 100
+    frozen = real[:1].expand(n, d)
+    assert gan.recall(real, real) == 1 and gan.recall(real, real + 1e4) == 0
+    assert_close(gan.recall(real, frozen), 1 / n, rtol=0, atol=EPS)
+    assert gan.recall(frozen, real) == 1
+    with pytest.raises(ValueError):
+        gan.recall(real, real, k=0)
 
 
 # --- truncation --------------------------------------------------------------------------------
