@@ -24,6 +24,7 @@ Run      python 01_vae.py
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -39,11 +40,7 @@ N_SAMPLES, N_TEST = 10_000, 1000     # pictures in samples.pt; test pictures tha
 # which the factor means nothing. The other four have Gaussian pixels and few steps, for study.png.
 MODELS = {"vae": (1, 1), "low-sigma2": (0.1, 1), "mid-sigma2": (1, 1), "high-sigma2": (10, 1),
           "no-kl": (1, 0)}
-
-
-def study(n):
-    """3.6 % of n: of the steps (180 of 5,000) and of the test pictures, for the short runs."""
-    return max(1, round(0.036 * n))
+SHORT = 0.036    # of the steps (180 of 5,000) and of the test pictures: for the other four models
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -198,7 +195,7 @@ def train(run, args, name, variance, images):
     torch.manual_seed(args.seed)
     c, side = images.x.shape[1:3]
     kl_weight = MODELS[name][1]
-    steps, k = (args.steps, args.k) if name == "vae" else (study(args.steps), 1)
+    steps, k = (args.steps, args.k) if name == "vae" else (max(1, round(SHORT * args.steps)), 1)
     z_fixed = torch.randn(args.n_samples, args.z_dim).to(run.device)  # the same for every model
     net = VAE(c, side, args.z_dim).to(run.device)
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
@@ -261,17 +258,16 @@ def generate(net, z):
 
 
 @torch.no_grad()
-def pictures(net, x, x_train, samples):
-    """The panels of pictures.png, {name: uint8}. x, x_train: test and training pictures, [0, 1]."""
-    x, x_train = (a[torch.arange(32) % len(a)] for a in (x, x_train))  # repeated if fewer than 32
+def pictures(net, x, samples):
+    """The panels of pictures.png, {name: uint8}. x: test pictures in [0, 1]."""
+    x = x[torch.arange(32) % len(x)]  # repeated if fewer than 32
     mu, logvar = net.encode(x)
     five = reparameterise(mu[:6], logvar[:6], torch.randn(5, 6, mu.shape[1], device=x.device))
     alpha = torch.linspace(0, 1, 8, device=x.device)[:, None]
     paths = torch.cat([(1 - alpha) * mu[i] + alpha * mu[i + 1] for i in range(0, 12, 2)])
-    panels = {name: torch.stack([2 * a - 1, generate(net, net.encode(a)[0])], dim=1).flatten(0, 1)
-              for name, a in (("training", x_train), ("test", x))}
-    panels |= {"five": torch.cat([2 * x[:6] - 1, generate(net, five.flatten(0, 1))]),
-               "samples": samples[:64], "interpolation": generate(net, paths)}
+    panels = {"test": torch.stack([2 * x - 1, generate(net, mu)], dim=1).flatten(0, 1),
+              "five": torch.cat([2 * x[:6] - 1, generate(net, five.flatten(0, 1))]),
+              "samples": samples[:64], "interpolation": generate(net, paths)}
     if mu.shape[1] == 2:  # a grid of z: quantiles of N(0, 1), from -1.64 to 1.64 in each direction
         line = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.05, 0.95, 15)).to(x.device)
         panels["plane"] = generate(net, torch.cartesian_prod(line, line).flip(1))
@@ -281,21 +277,23 @@ def pictures(net, x, x_train, samples):
 # --- figures -----------------------------------------------------------------------------------
 
 CAPTIONS = {  # for each panel: its number of columns, and its title
-    "training": (8, "training pictures,\nleft: original, right: reconstruction"),
-    "test": (8, "test pictures,\nleft: original, right: reconstruction"),
+    "test": (8, "test pictures, binarised or grey,\nleft: original, right: reconstruction"),
     "five": (6, "top row: originals; below: each\ndecoded from five samples of z"),
     "samples": (8, "samples: decoded z ~ N(0, I)\n"),
     "interpolation": (8, "each row: from one code to another\nin equal steps"),
     "plane": (15, "the plane of all z, by\nquantiles of the prior")}
 
 
-def figures(args, images, run):
+def figures(args, images, y, run):
     """pictures.png, curves.png: the first model. study.png: all models, from their results."""
     title = f"VAE on {images.name}, seed {args.seed}, z has {args.z_dim} dimensions"
     name, numbers = next(iter(run.done.items()))
-    common.save_panels(args.out / "pictures.png", [("", [
-        (CAPTIONS[kind][1], common.panel(x, CAPTIONS[kind][0]))
-        for kind, x in numbers["pictures"].items()])], f"{title}: {name}")
+    panels = [(CAPTIONS[kind][1], common.panel(x, CAPTIONS[kind][0]))
+              for kind, x in numbers["pictures"].items()]
+    if args.z_dim == 2:
+        panels.append(("codes of test pictures, by class\nblack: samples of q(z|x) for one of them",
+                       partial(plot_codes, *numbers["codes"], y)))
+    common.save_panels(args.out / "pictures.png", [("", panels)], f"{title}: {name}")
     if len(run.done) > 1:
         common.save_panels(args.out / "study.png", [
             (row, [(f"{name}\n{', '.join(f'{key} {numbers[key]:.3g}' for key in keys)}",
@@ -306,6 +304,13 @@ def figures(args, images, run):
     common.plot_curves(args.out / "curves.png", rows, {
         "loss": "loss of a batch, nats", "kl": "KL(q ‖ N(0, I)), nats",
         "mse": "mean squared error of a pixel in [0, 1],\nfor one sample of z"}, title)
+
+
+def plot_codes(mu, logvar, y, ax):
+    """The means of q(z|x) [N, 2], colours by the class y; 200 samples of the first q."""
+    ax.scatter(*mu.T.numpy(), s=4, cmap="tab10",
+               c=torch.zeros(len(mu)) if y is None else y[:len(mu)].cpu())
+    ax.scatter(*reparameterise(mu[0], logvar[0], torch.randn(200, 2)).T.numpy(), s=1, c="black")
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -354,15 +359,16 @@ def main(argv=None):
 
         torch.manual_seed(args.seed)  # so that the pixels 0 and 1 do not depend on the training
         x01 = (common.to_float(test.x[:args.n_test]) + 1) / 2
-        x01_train = (common.to_float(images.x[:32]) + 1) / 2
-        x, x_train = (torch.bernoulli(a) if variance is None else a for a in (x01, x01_train))
-        n = args.n_test if name == "vae" else study(args.n_test)
+        x = torch.bernoulli(x01) if variance is None else x01
+        n = args.n_test if name == "vae" else max(1, round(SHORT * args.n_test))
         run.done[name] = {  # distance: of samples to the nearest training picture
             "likelihood": "gaussian" if variance else "bernoulli", "n": len(x[:n]),
-            "pictures": pictures(net, x, x_train, samples),
+            "pictures": pictures(net, x, samples),
             **measure(net, variance, x01[:n], x[:n], args.k_test),
             "distance": common.nearest(samples[:1000], images)[0].mean().item()}
-    figures(args, images, run)
+        if args.z_dim == 2:
+            run.done[name]["codes"] = [a.detach().cpu() for a in net.encode(x)]
+    figures(args, images, test.y, run)
     columns = ["n", "nll", "-elbo", "kl", "mse", "distance"]
     common.print_table([f"{images.name}: model", "likelihood", *columns], [
         [name, numbers["likelihood"], *(f"{numbers[column]:.4g}" for column in columns)]

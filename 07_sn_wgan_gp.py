@@ -468,7 +468,7 @@ def features_and_probs(net, x):
 
 def score(metric, x, pairs=True):
     """A dict for pictures x, uint8: FID (if there are enough), IS, KL(shares of the classes ‖
-    uniform) in nats and, which takes longer, KID and recall of the first N_PAIRS."""
+    uniform) in nats and, which takes longer, KID and recall of about N_PAIRS of them."""
     features, probs = features_and_probs(metric.net, x)
     scores = {"IS": inception_score(probs)[0]}
     if metric.trained_here:  # the classes are those of the data
@@ -477,7 +477,7 @@ def score(metric, x, pairs=True):
     if min(len(features), len(metric.reference)) > features.shape[1]:
         scores["FID"] = frechet_distance(features, metric.reference)
     if pairs and len(x) > 3:
-        pair = metric.reference[:N_PAIRS], features[:N_PAIRS]
+        pair = [f[::max(1, len(f) // N_PAIRS)] for f in (metric.reference, features)]
         scores |= {"KID": kernel_distance(*pair), "recall": recall(*pair)}
     return scores
 
@@ -611,7 +611,7 @@ def main(argv=None):
     keys = {"FID": f"{metric.name} FID", "IS": f"{metric.name} IS"} if trained_here else {}
     common.plot_curves(args.out / "scores.png", run.rows, keys | {
         "slope": "slope of D: mean ‖∇D‖"}, f"{images.name}, seed {args.seed}, scores of "
-        f"{args.n_score:,} samples", log_scale=["slope"])
+        f"{args.n_score:,} samples", log_scale=["FID", "slope"])
     print_measures(images.name, metric, images, rows)
     if trained_here:
         best = min(rows, key=lambda name: rows[name]["FID"])
