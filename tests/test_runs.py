@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -84,6 +85,28 @@ def test_the_study_has_one_sample_of_z_whatever_k_is(run_01):
     flags = ["--models", "mid-sigma2", "no-kl", "--steps", "9"]
     logs = [run_01(*flags, "-k", k) for k in ("1", "2")]
     assert same(*logs)
+
+
+def test_codes_of_two_dimensions_are_plotted_with_their_classes(run_01, monkeypatch):
+    """Dots: mu, coloured by the label of the same picture; black: samples of the first q."""
+    panels = []
+    monkeypatch.setattr(common, "save_panels", lambda file, rows, *_: panels.extend(rows[0][1]))
+    monkeypatch.setattr(vae, "pictures", lambda *_: {})
+    encoded = []
+    encode = vae.VAE.encode
+    monkeypatch.setattr(vae.VAE, "encode", lambda net, x: encoded.append(encode(net, x)) or
+                        encoded[-1])
+    run_01("--models", "vae", "--z-dim", "2")
+    (title, plot), = panels
+    mu, logvar = next(a for a in encoded[::-1] if len(a[0]) == 40)
+    ax = Figure().subplots()
+    plot(ax)
+    dots, black = ax.collections
+    assert "by class" in title and len({*dots.get_array().tolist()}) > 5
+    assert torch.equal(torch.tensor(dots.get_offsets().data), mu.detach().double())
+    off = (torch.tensor(black.get_offsets().data) - mu[0].detach()) / (logvar[0].detach() / 2).exp()
+    assert len(off) == 200 and off.mean(dim=0).abs().max() < 6 / 200 ** 0.5  # six standard errors
+    assert (off.std(dim=0) - 1).abs().max() < 6 / 400 ** 0.5
 
 
 # --- chapter 02 --------------------------------------------------------------------------------
