@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -273,8 +274,10 @@ class Run:
     def snapshot(self, x):
         """Adds pictures x of this step, [N, C, H, W] in [-1, 1], to process.png."""
         self.snapshots.setdefault(self.name, {})[self.step] = to_uint8(x).cpu()
-        save_process(self.args.out / "process.png", self.snapshots,
-                     f"chapter {self.args.script[:2]} on {self.data}, seed {self.args.seed}")
+        save_panels(self.args.out / "process.png", [
+            (name, [(f"step {step:,}", panel(x, math.isqrt(len(x)))) for step, x in row.items()])
+            for name, row in self.snapshots.items()],
+            f"chapter {self.args.script[:2]} on {self.data}, seed {self.args.seed}", size=1.8)
 
 
 def settings(args):
@@ -350,15 +353,23 @@ def load_images(args, device, train=True):
 
 def load_torchvision(args, train):
     """MNIST, FashionMNIST or CIFAR10 from args.data_dir, downloaded if it is not there."""
-    name = args.data or "mnist"
+    name, folder = args.data or "mnist", args.data_dir
     socket.setdefaulttimeout(10)  # seconds: a silent network must not hang the run
     try:
-        data = TORCHVISION[name](args.data_dir, train=train, download=True)
+        try:
+            data = TORCHVISION[name](folder, train=train)
+        except RuntimeError:  # missing. Another run may download it too: whole files are moved
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as new:
+                data = TORCHVISION[name](new, train=train, download=True)
+                for file in filter(Path.is_file, Path(new).rglob("*")):
+                    (folder / file.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, folder / file.relative_to(new))
         x, y = torch.as_tensor(data.data), torch.as_tensor(data.targets)
         if len(x) != len(y):
             raise ValueError(f"{len(x)} pictures and {len(y)} labels")
     except Exception as e:  # torchvision raises all kinds for damaged files
-        reason = f"{name} cannot be read from {args.data_dir} or downloaded ({e})"
+        reason = f"{name} cannot be read from {folder} or downloaded ({e})"
         if args.data:
             fail(f"{reason}: use --data digits")
         print(f"{reason}: using synthetic digits")
@@ -592,20 +603,6 @@ def save_panels(file, rows, title="", size=2.6):
             ax.set_visible(False)
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, rotation=90, ha="right",
                      va="center", fontsize=12)
-    save_figure(fig, file)
-
-
-def save_process(file, snapshots, title):
-    """Snapshots, uint8 [N, C, H, W] by training run and step: a row for each training run."""
-    fig, axes = figure(len(snapshots), 1, 8, 1.9 * len(snapshots) + 0.5, title)
-    for ax, (name, row) in zip(axes[:, 0], snapshots.items()):
-        grids = [make_grid(x, nrow=math.isqrt(len(x)), padding=1, pad_value=128)
-                 for x in row.values()]
-        grids += [torch.full_like(grids[0], 255)] * (4 - len(grids))
-        whole = make_grid(torch.stack(grids), nrow=len(grids), padding=4, pad_value=255)
-        ax.imshow(whole.permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.set_title(f"{name}, after steps {', '.join(map(str, row))}", fontsize=9, loc="left")
-        ax.axis("off")
     save_figure(fig, file)
 
 

@@ -70,7 +70,7 @@ def make_no_figures(patch):
         return mock.MagicMock(), axes
 
     patch.setattr(common, "figure", figure)
-    for name in ("save_figure", "save_panels", "save_process", "plot_curves"):
+    for name in ("save_figure", "save_panels", "plot_curves"):
         patch.setattr(common, name, lambda *args, **more: None)
     patch.setattr(PillowWriter, "saving", lambda *args, **more: contextlib.nullcontext())
     patch.setattr(PillowWriter, "grab_frame", lambda writer: None)

@@ -1,6 +1,7 @@
 """Picture files, folders of them, and MNIST's files: read faithfully, or refused by name."""
 
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -197,6 +198,27 @@ def test_a_wrong_file_of_mnist_is_said(tmp_path, capsys, file, content, words):
     write_mnist(tmp_path / "data" / "MNIST" / "raw")
     (tmp_path / "data" / "MNIST" / "raw" / file).write_bytes(content)
     one_line(capsys, lambda: load(tmp_path, "mnist"), words, "--data digits")
+
+
+def test_a_download_is_not_seen_by_others_before_it_is_whole(tmp_path, monkeypatch):
+    """In the middle of each file of the first run, a second run starts, and downloads as well."""
+    x, loaded = write_mnist(tmp_path / "source"), []
+
+    def download(url, download_root, filename, md5):
+        name = filename.removesuffix(".gz")
+        content, file = (tmp_path / "source" / name).read_bytes(), Path(download_root) / name
+        file.write_bytes(content[:9])
+        if len(loaded) < 4 and not inside:
+            inside.append(True)
+            loaded.extend(load(tmp_path, "mnist"))
+            inside.clear()
+        file.write_bytes(content)
+
+    inside = []
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    loaded.extend(load(tmp_path, "mnist"))
+    assert len(loaded) == 6 and all(torch.equal(images.x, x) for images in loaded)
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["MNIST"]
 
 
 def test_without_mnist_digits_are_taken_and_that_is_said(tmp_path, digits_dir, capsys):
