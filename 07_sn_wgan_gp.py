@@ -25,7 +25,6 @@ Run      python 07_sn_wgan_gp.py
 
 import math
 import socket
-from functools import partial
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
@@ -223,10 +222,11 @@ def recall(features_real, features_fake, k=3):
     real, fake = check_features(features_real, features_fake, k + 1)
     if k < 1:
         raise ValueError(f"k must be 1 or more, not {k}")
-    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # exact 0
-    radii = torch.cat([distances(part, fake).topk(k + 1, largest=False).values[:, -1]  # with itself
-                       for part in fake.split(1000)])
-    inside = [(distances(part, fake) <= radii).any(dim=1) for part in real.split(1000)]
+    exact = "donot_use_mm_for_euclid_dist"  # the distance of equal rows is 0
+    radii = torch.cat([torch.cdist(part, fake, compute_mode=exact).topk(  # k + 1: with itself
+        k + 1, largest=False).values[:, -1] for part in fake.split(1000)])
+    inside = [(torch.cdist(part, fake, compute_mode=exact) <= radii).any(dim=1)
+              for part in real.split(1000)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -309,8 +309,8 @@ MODELS = {
     "vanilla": Model(bce_d, nonsaturating_g),
     "sn": Model(bce_d, nonsaturating_g, sn=True, scale=8.0, lr_d=3e-4, lr_g=3e-3, beta2=0.999),
     "wgan": Model(wgan_d, wgan_g, clip=0.03, lr_d=1e-3, lr_g=1e-3),  # Arjovsky 2017: 0.01
-    "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
     "wgan-gp": Model(wgan_d, wgan_g, penalty=1.0, lr_d=1e-3),        # Gulrajani 2017: 10
+    "wgan-sn": Model(wgan_d, wgan_g, sn=True, beta2=0.999),
 }
 
 
@@ -567,10 +567,10 @@ def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
     positive, count = common.number(float, above=0), common.number(int, 1)
     g = p.add_argument_group("models and training")
-    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS),
-                   default=[name for name in MODELS if name != "wgan-sn"])
-    g.add_argument("--n-critic", nargs="+", type=count, default=[1], metavar="N",
-                   help="steps of D to one of G; for each of these every model is trained")
+    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", default=[*MODELS][:4],
+                   help=f"{', '.join(MODELS)}; if not given: the first four")
+    g.add_argument("--n-critic", nargs="+", type=count, default=[1], metavar="N", help="steps of D "
+                   "to one of G; for each of these every model is trained; if not given: 1")
     g.add_argument("--z-dim", type=count, default=64, help="length of z")
     g.add_argument("--steps", type=count, default=2200, help="of G, and (--n-critic 1) of D")
     g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")

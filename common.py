@@ -52,7 +52,7 @@ def fail(message, status=2):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        hidden = action.default is None or action.default is False  # tells a reader nothing
+        hidden = action.default is None or isinstance(action.default, (bool, list))
         return action.help if hidden else super()._get_help_string(action)
 
 

@@ -615,6 +615,16 @@ BAD_FEATURES = {
     "inf": normal(0, 9, 4).index_fill(0, torch.tensor([2]), math.inf)}
 
 
+@about("check_features")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
+def test_checked_features_are_the_same_in_float64(dtype):
+    a, b = (10 * normal(0, 3, 4)).to(dtype), (10 * normal(1, 5, 4)).to(dtype)
+    for found, x in zip(gan.check_features(a, b, 3), (a, b)):
+        assert found.dtype == torch.float64 and torch.equal(found, x.double())
+    with pytest.raises(ValueError):
+        gan.check_features(a, b, 4)
+
+
 @about("frechet_distance", "kernel_distance", "recall", edge=True)
 @pytest.mark.parametrize("bad", ["3 features", "vector", "scalar", "maps"])
 @pytest.mark.parametrize("compare", ["frechet_distance", "kernel_distance", "recall"])
@@ -827,24 +837,44 @@ def test_features_are_what_the_last_layer_gets(monkeypatch):
     assert_close(probs[-1:], net(last).detach().softmax(dim=1))
 
 
-def test_the_scores_are_of_the_reference_and_of_the_classes():
+def score_of(features, probs, reference, monkeypatch, trained_here=True, **more):
+    """score() of pictures for which a metric finds these features and probs."""
+    monkeypatch.setattr(gan, "features_and_probs", lambda net, x: (features, probs))
+    metric = gan.Metric("", None, reference, None, trained_here)
+    return gan.score(metric, torch.zeros(len(features), 1), **more)
+
+
+def test_the_scores_are_of_the_reference_and_of_the_classes(monkeypatch):
     """40 features, -1 and 1 in the shares 3/4 and 1/4: scores that can be told by hand."""
     features = torch.tensor([[1.0], [-1.0], [-1.0], [-1.0]] * 10)
     probs = (100 * torch.cat([-features, features], dim=1)).softmax(dim=1)
-    found = gan.score(features, probs, torch.tensor([[-1.0], [1.0]] * 20))
+    found = score_of(features, probs, torch.tensor([[-1.0], [1.0]] * 20), monkeypatch)
     p = [0.25, 0.75]
     assert found["KL"] == pytest.approx(sum(q * math.log(2 * q) for q in p))
     assert found["IS"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)))
     s, s_ref = (math.sqrt(v * 40 / 39) for v in (0.75, 1.0))  # of -1 and 1 in these shares
     assert found["FID"] == pytest.approx(0.25 + (s - s_ref) ** 2, rel=1e-6)
+    assert found["recall"] == 1.0  # both values occur among the samples
+    alone = score_of(-features.abs(), probs, torch.tensor([[-1.0], [1.0]] * 20), monkeypatch)
+    assert alone["recall"] == 0.5 and alone["KID"] > found["KID"]
 
 
 @pytest.mark.parametrize("n, m", [(4, 9), (9, 4)])
-def test_too_few_pictures_for_an_fid_have_the_other_scores(n, m):
+def test_too_few_pictures_for_an_fid_have_the_other_scores(n, m, monkeypatch):
     probs = probabilities(0, n, 3)
-    found = gan.score(normal(1, n, 4), probs, normal(2, m, 4))
+    found = score_of(normal(1, n, 4), probs, normal(2, m, 4), monkeypatch, pairs=False)
     assert found.keys() == {"IS", "KL"} and found["IS"] == gan.inception_score(probs)[0]
-    assert "FID" in gan.score(normal(1, 5, 4), probabilities(0, 5, 3), normal(2, 5, 4))
+    more = score_of(normal(1, n, 4), probs, normal(2, m, 4), monkeypatch, trained_here=False)
+    assert more.keys() == {"IS", "KID", "recall"}  # classes of other data have no KL
+    assert "FID" in score_of(normal(1, 5, 4), probabilities(0, 5, 3), normal(2, 5, 4), monkeypatch)
+
+
+def test_recall_and_kid_take_pictures_from_all_of_a_set(monkeypatch):
+    """The first test pictures of MNIST are easier than the others."""
+    monkeypatch.setattr(gan, "N_PAIRS", 10)
+    reference = torch.arange(100.0)[:, None]
+    found = score_of(reference[:50], probabilities(0, 50, 3), reference, monkeypatch)
+    assert found["recall"] == 0.7  # of 0, 10, ..., 90: up to 60, as the last sample is 45 +- 15
 
 
 def test_a_measure_keeps_64_pictures_and_not_the_rest():
@@ -852,4 +882,5 @@ def test_a_measure_keeps_64_pictures_and_not_the_rest():
     x = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
     found = gan.measure(None, x, SimpleNamespace(x=x))
     assert found["pictures"].untyped_storage().nbytes() == 64 * 4 * 4
-    assert found.keys() == {"n", "distance", "pictures"}  # no metric, no scores
+    assert found["nearest"].untyped_storage().nbytes() == 64 * 4 * 4
+    assert found.keys() == {"n", "distance", "pictures", "nearest"}  # no metric, no scores
