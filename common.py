@@ -154,7 +154,7 @@ class Run:
         print(f"device {self.device}, {torch.get_num_threads()} threads of the CPU")
         self.args = args
         self.done, self.rows, self.extra, self.snapshots, self.numbers = {}, [], {}, {}, {}
-        self.step = self.total = self.drawn = 0  # drawn: batches since the first step
+        self.step = self.total = self.n_batches = 0  # since the first step
         self.state, self.saved, self.training, self.stopping = {}, None, False, False
         self.checkpoint, self.checkpoint_read = args.out / "checkpoint.pt", False
         torch.manual_seed(args.seed)
@@ -186,7 +186,7 @@ class Run:
     def steps(self, total, **state):
         """1, 2, ..., total, or what is left of them after --resume. state: by name, what a step
         changes and has a state_dict(): networks, optimisers, schedules."""
-        self.total, self.step, self.drawn, self.extra, self.state = total, 0, 0, {}, state
+        self.total, self.step, self.n_batches, self.extra, self.state = total, 0, 0, {}, state
         if WORLD > 1:
             share(state, self.args.seed)
         if self.saved and self.saved["name"] not in self.done:
@@ -213,7 +213,7 @@ class Run:
         random = [(torch.get_rng_state(), gpu)] * WORLD
         if WORLD > 1:
             distributed.all_gather_object(random, random[RANK])
-        save({"settings": settings(self.args), "random": random, "drawn": self.drawn,
+        save({"settings": settings(self.args), "random": random, "n_batches": self.n_batches,
               "state": {name: part.state_dict() for name, part in self.state.items()},
               "name": self.name, "step": self.step, "extra": self.extra, "rows": self.rows,
               "snapshots": self.snapshots, "done": self.done}, self.checkpoint)
@@ -222,7 +222,8 @@ class Run:
         """Brings back the networks, optimisers, schedules and random states of a step."""
         if saved["name"] != self.name:
             fail(f"{self.checkpoint} is in the middle of {saved['name']}: name this one first")
-        self.step, self.extra, self.drawn = (saved[key] for key in ("step", "extra", "drawn"))
+        self.step, self.extra = saved["step"], saved["extra"]
+        self.n_batches = saved["n_batches"]
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
         cpu, gpu = saved["random"][RANK]
@@ -234,8 +235,8 @@ class Run:
         """Endless shuffled batches (x, y) of `size` pictures: x float [size, C, H, W] in [-1, 1],
         y labels [size], or None without labels. With several processes: this one's share."""
         self.data = images.name
-        for x, y in batches(images, size, self.args.seed, self.drawn):
-            self.drawn += 1
+        for x, y in batches(images, size, self.args.seed, self.n_batches):
+            self.n_batches += 1
             yield x, y
 
     def every(self, times):
@@ -282,7 +283,7 @@ class Run:
 
 def settings(args):
     """The flags and data that --resume needs unchanged, as text. Lists only name training runs."""
-    return {"layout": "2", "processes": str(WORLD)} | {
+    return {"layout": "3", "processes": str(WORLD)} | {
         name: str(value) for name, value in vars(args).items()
         if not isinstance(value, list) and name not in ("out", "data_dir", "device", "resume")}
 

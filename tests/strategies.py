@@ -10,7 +10,7 @@ about = pytest.mark.about
 
 
 def seeds():
-    """A seed for torch: hypothesis seeds random and numpy but not torch, so the seed is drawn."""
+    """A seed for torch: hypothesis seeds random and numpy but not torch, so the seed is sampled."""
     return st.integers(0, 2**31 - 1)
 
 
@@ -19,7 +19,7 @@ def generator(seed):
 
 
 def normal(seed, *shape):
-    """Standard normal float64 tensor of a drawn seed."""
+    """Standard normal float64 tensor of a sampled seed."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 

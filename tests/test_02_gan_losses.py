@@ -65,7 +65,7 @@ def test_fuzzy_labels_are_uniform_around_the_label(seed, real_label, width):
     losses.bce_d(real, fake, real_label, width, generator(seed)).backward()
     for a, label in ((real, real_label), (fake, 0)):
         u = (a.sigmoid().detach() - n * a.grad - label) / width + 0.5
-        assert -1e-5 <= u.min() and u.max() <= 1 + 1e-5  # labels may be drawn in float32
+        assert -1e-5 <= u.min() and u.max() <= 1 + 1e-5  # labels may be sampled in float32
         assert (u.sort().values - (torch.arange(n) + 0.5) / n).abs().max() <= 0.07
 
 

@@ -791,7 +791,7 @@ def test_clamped_and_uniform_draws_are_rejected(twin):
 
 @pytest.mark.parametrize("limit", [1.0, 10.0])
 def test_the_extreme_of_the_uniform_numbers_gives_the_limit(monkeypatch, limit):
-    """u = -1 can be drawn, and erfinv(-1) is -∞ where erf of the limit has rounded to 1."""
+    """u = -1 can be sampled, and erfinv(-1) is -∞ where erf of the limit has rounded to 1."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape, dtype=torch.float64))
     assert gan.truncated_normal(1, 1, limit).item() == -limit
 

@@ -216,13 +216,13 @@ def test_a_run_killed_within_a_step_resumes_to_the_same_bits(tmp_path, straight,
     assert toy(args) == straight
 
 
-@pytest.mark.parametrize("lost", [None, "drawn", "rows", "extra", "random"])
+@pytest.mark.parametrize("lost", [None, "n_batches", "rows", "extra", "random"])
 def test_a_checkpoint_that_lacks_a_part_is_found_out(tmp_path, straight, monkeypatch, lost):
     """The wrong twins of the tests above."""
     args, load = arguments(tmp_path, "--resume"), common.load_saved
     with killed_after(7):
         toy(args)
-    start = {"drawn": 0, "rows": [], "extra": {}, "random": [(generator(9).get_state(), None)]}
+    start = {"n_batches": 0, "rows": [], "extra": {}, "random": [(generator(9).get_state(), None)]}
     monkeypatch.setattr(common, "load_saved", lambda file, expected: (
         load(file, expected) | ({lost: start[lost]} if lost else {})))
     assert (toy(args) == straight) == (lost is None)

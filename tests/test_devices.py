@@ -33,7 +33,7 @@ class Over(Exception):
 
 def two_steps(run, total, **parts):
     """In the place of Run.steps: no checkpoint; ends the run after its last training run."""
-    run.total, run.extra, run.drawn = total, {}, 0
+    run.total, run.extra, run.n_batches = total, {}, 0
     for run.step in (1, 2):
         yield run.step
     if run.name != "generator" or run.args.script == "05_restoration":
