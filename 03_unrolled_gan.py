@@ -170,6 +170,12 @@ def ring(m=8, radius=2.0):
     return radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
+def grid(m=5, spacing=2.0):
+    """m² centres [m², 2] of a square grid around the origin."""
+    line = spacing * (torch.arange(m) - (m - 1) / 2)
+    return torch.cartesian_prod(line, line)
+
+
 def gaussian_mixture(centres, std, n):
     """n samples [n, 2] of the mixture with equal weights and standard deviation std."""
     chosen = centres[torch.randint(len(centres), (n,), device=centres.device)]
@@ -341,7 +347,7 @@ def snapshots_of(run):
 # --- main --------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = common.parser(__doc__, __file__, data="ring", data_help="ring (points in the plane), "
+    p = common.parser(__doc__, __file__, data="ring", data_help="ring, grid (points in the plane), "
                       "mnist, fashion, cifar10, digits (synthetic), a folder of pictures")
     g = p.add_argument_group("models and training")
     usual = {name: f"(ring: {RING[name]}; pictures: {PICTURES[name]})" for name in RING}
@@ -360,7 +366,7 @@ def parse_args(argv=None):
     add("--d-steps", type=whole(1), default=1, help="steps of D in each training step")
     p.set_defaults(n_samples=N_SAMPLES)
     args = common.parse(p, argv, quick=dict(steps=20, n_samples=1000))
-    defaults = RING if args.data == "ring" else PICTURES
+    defaults = {"ring": RING, "grid": RING | {"steps": 12_000}}.get(args.data, PICTURES)
     if args.k or args.beta1:  # then each k once, with one beta1
         defaults = defaults | dict(k=sorted(set(defaults["k"])), beta1=defaults["beta1"][:1])
     for name, default in defaults.items():
@@ -375,9 +381,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run = common.Run(args)
-    if args.data == "ring":
-        data = Mixture("ring" + " (quick run)" * args.quick, ring().to(run.device), 0.02,
-                       args.batch // common.WORLD, gaussian_mixture(ring(), 0.02, 1000), 3.0)
+    if args.data in ("ring", "grid"):
+        centres, std = (ring(), 0.02) if args.data == "ring" else (grid(), 0.05)
+        data = Mixture(args.data + " (quick run)" * args.quick, centres.to(run.device), std,
+                       args.batch // common.WORLD, gaussian_mixture(centres, std, 1000),
+                       1.5 * centres.abs().max().item())
     else:
         data = common.load_images(args, run.device)
     models = {f"k={k}, beta1={b:g}": (k, b) for k, b in zip(args.k, args.beta1)}

@@ -324,6 +324,11 @@ def test_a_ring_whose_ends_meet_is_rejected(m):
     assert rejected(has_distinct_equal_centres, twin, m)
 
 
+def test_grid_is_centred_and_spaced_by_two():
+    line = (-4, -2, 0, 2, 4)
+    assert sorted(unrolled.grid().tolist()) == [[x, y] for x in line for y in line]
+
+
 @given(seeds())
 def test_mixture_weights_are_equal_and_spread_is_std(seed):
     torch.manual_seed(seed)
