@@ -111,9 +111,11 @@ def log_bernoulli(x, logits):
 def log_gaussian(x, mean, variance):
     """log p(x|z) where p(x|z) = N(mean, variance I): a sum over C, H and W, nats.
 
-    x, mean: [..., C, H, W], broadcastable; returns [...]. variance > 0: a number, or a tensor that
-    broadcasts with x, such as [] or [B, 1, 1, 1]; such a tensor can be learned.
+    x, mean: floats [..., C, H, W], broadcastable, or ValueError; returns [...]. variance > 0: a
+    number, or a tensor that broadcasts with x, such as [] or [B, 1, 1, 1], which can be learned.
     """
+    if x.ndim < 3 or not (x.is_floating_point() and mean.is_floating_point()):
+        raise ValueError(f"x must be floats [..., C, H, W], not {x.dtype} {tuple(x.shape)}")
     normaliser = 2 * math.pi * variance
     log_normaliser = normaliser.log() if torch.is_tensor(normaliser) else math.log(normaliser)
     return -0.5 * ((x - mean) ** 2 / variance + log_normaliser).sum(dim=(-3, -2, -1))
@@ -129,7 +131,8 @@ def iwae_bound(log_px_z, z, mu, logvar):
     Raises ValueError if log_px_z is not [k, B], if z is not [k, B, d] with the same k and B, and if
     rounding z moves the bound by about 0.1 nats (small σ: use float64).
     """
-    if log_px_z.ndim != 2 or z.shape != (*log_px_z.shape, mu.shape[-1]):
+    if log_px_z.ndim != 2 or not len(log_px_z) or not (
+            z.shape[:2] == log_px_z.shape and z.shape[1:] == mu.shape):
         raise ValueError("log_px_z must be [k, B] for z [k, B, d], not "
                          f"{tuple(log_px_z.shape)} for {tuple(z.shape)}")
     rounding = torch.finfo(z.dtype).eps * (mu.abs() / torch.exp(logvar / 2)).sum(dim=-1)
@@ -185,9 +188,8 @@ def log_likelihood(x, logits, variance):
 
 # `run` does all that is not mathematics: run.batches shuffles the data, run.steps counts 1, 2, ...
 # and saves what it is given (for --resume), run.log shows and saves numbers, run.snapshot adds to
-# process.png, run.at(shares) is true after these shares of the steps. To paste this chapter into
-# another program, replace run.steps(...) by range(1, steps + 1), run.batches(...) by an iterator
-# over a DataLoader with pictures in [-1, 1], and leave out the other lines with run.
+# process.png, run.at(shares) is true after these shares of the steps. To paste train() elsewhere,
+# see "Copy a part into your coursework" in the README.
 
 def train(run, args, name, variance, images):
     """Trains one of MODELS; returns it, and the z [n_samples, d_z] of its samples. variance: of a
@@ -236,19 +238,17 @@ def measure(net, variance, x01, x, k):
     nll (minus iwae_bound with k samples of z), -elbo and kl are in nats. For Gaussian pixels, nll
     and -elbo are of densities: compare only models with the same variance. mse: between x01 and its
     reconstruction, which is decoded from mu."""
-    numbers = {"nll": [], "-elbo": [], "kl": [], "mse": []}
-    chunk = max(1, 1000 // k)  # so that about 1,000 pictures are decoded at once
+    chunk, parts = max(1, 1000 // k), []  # so that about 1,000 pictures are decoded at once
     for x01_part, x_part in zip(x01.split(chunk), x.split(chunk)):
         mu, logvar = (part.cpu().double() for part in net.encode(x_part))  # iwae_bound needs it
         z = reparameterise(mu, logvar, torch.randn(k, *mu.shape).double())
         logits, means = (net.decode(code.float().to(x.device)).cpu() for code in (z, mu))
         log_px_z = log_likelihood(x_part.cpu(), logits, variance)
-        numbers["nll"].append(-iwae_bound(log_px_z, z, mu, logvar))
-        numbers["-elbo"].append(negative_elbo(log_px_z, mu, logvar))
-        numbers["kl"].append(kl_standard_normal(mu, logvar))
         squares = (means.sigmoid() - x01_part.cpu()) ** 2
-        numbers["mse"].append(squares.flatten(1).mean(dim=1))
-    return {name: torch.cat(parts).mean().item() for name, parts in numbers.items()}
+        parts.append({"nll": -iwae_bound(log_px_z, z, mu, logvar),
+                      "-elbo": negative_elbo(log_px_z, mu, logvar),
+                      "kl": kl_standard_normal(mu, logvar), "mse": squares.mean(dim=(1, 2, 3))})
+    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
 
 
 @torch.no_grad()
@@ -291,7 +291,7 @@ def figures(args, images, y, run):
     panels = [(CAPTIONS[kind][1], common.panel(x, CAPTIONS[kind][0]))
               for kind, x in numbers["pictures"].items()]
     if args.z_dim == 2:
-        panels.append(("codes of test pictures, by class\nblack: samples of q(z|x) for one of them",
+        panels.append(("codes of test pictures by class;\nblack: samples of one q(z|x)",
                        partial(plot_codes, *numbers["codes"], y)))
     common.save_panels(args.out / "pictures.png", [("", panels)], f"{title}: {name}")
     if len(run.done) > 1:
@@ -325,8 +325,7 @@ def parse_args(argv=None):
                    help="of the vae; if not given: bernoulli for one channel, else gaussian")
     g.add_argument("--x-sigma2", type=common.number(float, above=0), default=0.001,
                    help="variance of a Gaussian pixel, divided by the number of pixels")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=50,
-                   help="dimensions of z; 2 also plots the plane of all z")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="2: also plots all z")
     g = p.add_argument_group("training")
     g.add_argument("-k", type=common.number(int, 1), default=1, help="samples of z in the bound "
                    "that the vae maximises; above 1: the importance-weighted autoencoder")

@@ -19,13 +19,14 @@ Try      --beta1 0 -k 0: does the plain GAN still collapse? And what does
 Run      python 03_unrolled_gan.py [--data mnist]
 """
 
+import io
 import itertools
 import math
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from matplotlib.animation import PillowWriter
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -324,18 +325,20 @@ def plot_process(run, args, data):
 
 def save_animation(run, args, data):
     """process.gif: the training runs side by side, five snapshots a second."""
-    snapshots = snapshots_of(run)
+    snapshots, frames = snapshots_of(run), []
     fig, axes = common.figure(1, len(snapshots), 2.4 * len(snapshots), 3.1)
-    writer, steps = PillowWriter(fps=5), list(next(iter(snapshots.values())))
-    with writer.saving(fig, args.out / "process.gif", dpi=80):
-        for step in steps + 10 * steps[-1:]:  # the last one stays for two seconds
-            for ax, (name, by_step) in zip(axes[0], snapshots.items()):
-                ax.clear()
-                title, panel = by_step[step]
-                plot_snapshot(ax, data, **panel)
-                ax.set_title(f"{name}\n{title}", fontsize=9)
-            writer.grab_frame()
-    print(f"wrote {args.out / 'process.gif'}")
+    for step in next(iter(snapshots.values())):
+        for ax, (name, by_step) in zip(axes[0], snapshots.items()):
+            ax.clear()
+            title, panel = by_step[step]
+            plot_snapshot(ax, data, **panel)
+            ax.set_title(f"{name}\n{title}", fontsize=9)
+        fig.savefig(png := io.BytesIO(), dpi=80)
+        frames.append(Image.open(png))
+    duration = [200] * (len(frames) - 1) + [2000]  # milliseconds
+    print("wrote", common.write(lambda f: frames[0].save(
+        f, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0),
+        args.out / "process.gif"))
 
 
 def snapshots_of(run):

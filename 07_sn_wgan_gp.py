@@ -19,14 +19,14 @@ Differs  Learning rates above the papers', one step of D to one of G (theirs:
          often five), λ = 1 (10); the logit of sn is 8 D(x). Grey pictures are
          scored by a small classifier: compare with no published score.
 Try      With --n-critic 5, which model loses the least? Predict, then run.
-Run      python 07_sn_wgan_gp.py
-         python 07_sn_wgan_gp.py --score out/*/samples*.pt
+Run      python 07_sn_wgan_gp.py [--score out/*/samples*.pt]
 """
 
 import math
 import socket
 from glob import glob
 from itertools import pairwise
+from os.path import expanduser
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -578,7 +578,7 @@ def parse_args(argv=None):
         g.add_argument(f"--lr-{player}", type=positive, help="if not given: the model's")
     g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0, help="of Adam")
     g.add_argument("--clip", type=positive, help="bound of wgan's weights; if not given: 0.03")
-    g.add_argument("--score", nargs="+", metavar="FILE",
+    g.add_argument("--score", nargs="+", metavar="FILE", type=expanduser,
                    help="trains no GAN: scores samples*.pt of any chapter, or your uint8 tensor")
     p.set_defaults(classifier_steps=1000, n_samples=N_SAMPLES, n_score=1000)
     args = common.parse(p, argv, quick=dict(data="digits", steps=6, classifier_steps=20,

@@ -1552,7 +1552,7 @@ def run(check, seeds):
 
 def paragraph(text):
     """The text in lines of 80 characters."""
-    return textwrap.fill(" ".join(text.split()), 80)
+    return textwrap.fill(" ".join((text or "").split()), 80)  # python -OO leaves docstrings out
 
 
 def print_rows(header, rows, widths):

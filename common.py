@@ -36,9 +36,10 @@ from torchvision.utils import make_grid
 
 TORCHVISION = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
                "cifar10": datasets.CIFAR10}
-SPLIT = {"train", "training", "test", "testing", "val", "valid", "validation"}
+SPLIT = re.compile("(train|test|val)(ing|id|idation)?([ _-]?(set|data|images|pictures))?", re.I)
 N_QUICK = 2000  # pictures of the training part, and of the test part, that --quick uses
 CLEAR = "\r\033[K"  # on a terminal: wipes an unfinished progress line
+REFUSED = set()  # files that another program does not let us replace
 
 
 # --- flags -------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         known = [str(text) for action in self._actions
                  for text in [*action.option_strings, *(action.choices or [])]]
-        word = re.search(r"(?:invalid choice: '|arguments: )([^ ']*)", message + " ")
+        word = re.search(r"(?:invalid choice: '|arguments: )([^ '=]*)", message + " ")
         meant = difflib.get_close_matches(word[1], known, 1) if word else []
         meant = "".join(f"did you mean {text}? " for text in meant)
         fail(f"{message} ({meant}see python {self.prog} --help)")
@@ -81,17 +82,28 @@ def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
     return parse  # argparse says: invalid whole number from 1 value: '0'
 
 
+def end(kind, e, trace):
+    """sys.excepthook: what ends a run without a traceback."""
+    if getattr(e, "errno", 0) in (errno.EPIPE, errno.EIO):  # | head: no reader is left
+        os._exit(141)
+    if kind is KeyboardInterrupt:
+        fail("stopped", 130)
+    if "loading state_dict" in str(e):
+        fail(f"the saved networks differ, use another --out ({' '.join(str(e).split())[:250]})")
+    sys.__excepthook__(kind, e, trace)
+
+
 def parser(doc, file, trains=True, data=None, data_help="mnist, fashion, cifar10, digits "
            "(synthetic), or a folder of pictures; if not given: mnist, or digits without it"):
     """A parser with the flags that all chapters share; trains: with those for data, devices and
     --resume. `doc` becomes the head of --help."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed by >&-
-    sys.excepthook = lambda kind, e, trace: os._exit(141) if getattr(e, "errno", 0) in (
-        errno.EPIPE, errno.EIO) else sys.__excepthook__(kind, e, trace)  # | head: no reader is left
+    sys.excepthook, sys.stdout, sys.stderr = end, *(  # streams may be closed by >&-
+        stream or open(os.devnull, "w", encoding="utf-8") for stream in (
+            not RANK and sys.stdout, sys.stderr))
     with contextlib.suppress(AttributeError):  # in a notebook
         sys.stdout.reconfigure(errors="replace")  # it may lack θ
     rcdefaults()  # figures are the same whatever style the reader's matplotlibrc asks for
-    script, path = Path(file).resolve().stem, lambda text: Path(text).expanduser()
+    script, path = Path(file).resolve().stem, lambda text: Path(os.path.expanduser(text))
     p = Parser(f"{script}.py", description=doc, formatter_class=HelpFormatter,
                allow_abbrev=False)  # or 01's --k 5 would mean --k-test 5
     g = p.add_argument_group("shared flags")
@@ -126,21 +138,16 @@ def parse(p, argv, quick):
 # --- a run -------------------------------------------------------------------------------------
 
 class Run:
-    """One execution of a chapter: its device, its log, and how far it has come.
-
-    `steps` writes checkpoint.pt ten times in a training run, and on Ctrl-C; with --resume the same
-    loops continue from there, to the same results. Attributes: device; step, of total; done, the
-    results by name; rows, the log; extra, a dict for what a training run collects; snapshots, the
-    pictures of process.png.
-    """
+    """One execution of a chapter: its device, its log, and how far it has come. `steps` writes
+    checkpoint.pt ten times in a training run, and on Ctrl-C; with --resume the same loops continue
+    from there, to the same results. Attributes: device; step, of total; done, the results by name;
+    rows, the log; extra, what a training run collects; snapshots, the pictures of process.png."""
 
     def __init__(self, args):
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             fail(f"cannot write to --out {args.out}: {e.strerror}")
-        if RANK:  # only the first process speaks
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         if WORLD > 1 and not distributed.is_initialized():
             distributed.init_process_group()
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -164,7 +171,7 @@ class Run:
     def on_ctrl_c(self, *_):
         """In a training run the first Ctrl-C stops after this step, any other one at once."""
         if not self.training or self.stopping or WORLD > 1:
-            fail("stopped; --resume continues after the last checkpoint", 130)
+            fail("stopped" + "; --resume continues" * self.checkpoint.exists(), 130)
         self.stopping = True
 
     def each(self, names):
@@ -172,12 +179,11 @@ class Run:
         if self.args.resume and not self.checkpoint_read:
             self.checkpoint_read = True
             if self.checkpoint.exists():
-                self.saved = load_saved(self.checkpoint, settings(self.args))
-                self.done, self.rows, self.snapshots = (
-                    self.saved[key] for key in ("done", "rows", "snapshots"))
-            at = f"after step {self.saved['step']} of {self.saved['name']}" if self.saved else \
-                f"from the beginning: there is no {self.checkpoint}"
-            print(f"continuing {at}")
+                self.saved = load_saved(self.checkpoint, settings(self.args), ("state", "random"))
+                self.done, self.rows, self.snapshots = map(
+                    self.saved.get, ("done", "rows", "snapshots"))
+            print(f"continuing after step {self.saved['step']} of {self.saved['name']}"
+                  if self.saved else f"there is no {self.checkpoint}: from the beginning")
         for self.name in names:
             if self.name not in self.done:
                 yield self.name
@@ -222,8 +228,7 @@ class Run:
         """Brings back the networks, optimisers, schedules and random states of a step."""
         if saved["name"] != self.name:
             fail(f"{self.checkpoint} is in the middle of {saved['name']}: name this one first")
-        self.step, self.extra = saved["step"], saved["extra"]
-        self.n_batches = saved["n_batches"]
+        self.step, self.extra, self.n_batches = map(saved.get, ("step", "extra", "n_batches"))
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
         cpu, gpu = saved["random"][RANK]
@@ -233,11 +238,19 @@ class Run:
 
     def batches(self, images, size):
         """Endless shuffled batches (x, y) of `size` pictures: x float [size, C, H, W] in [-1, 1],
-        y labels [size], or None without labels. With several processes: this one's share."""
-        self.data = images.name
-        for x, y in batches(images, size, self.args.seed, self.n_batches):
-            self.n_batches += 1
-            yield x, y
+        y labels [size], or None without labels. They depend on --seed and on their number alone. A
+        last batch that is not full is left out. Of several processes, each gets its share."""
+        self.data, size = images.name, min(size, len(images.x))
+        size -= size % WORLD
+        per_epoch = len(images.x) // size
+        while True:
+            epoch, first = divmod(self.n_batches, per_epoch)
+            rng = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images.x), generator=rng).to(images.x.device)
+            for chosen in order.split(size)[first:per_epoch]:
+                self.n_batches += 1
+                chosen = chosen[RANK::WORLD]
+                yield to_float(images.x[chosen]), None if images.y is None else images.y[chosen]
 
     def every(self, times):
         """True after about `times` of the steps (after each if they are fewer), and at the end."""
@@ -293,12 +306,11 @@ def load_saved(file, expected, needed=()):
     run if the file cannot be used, or was made with settings other than `expected`."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        theirs = saved["settings"]
+        theirs = dict(saved["settings"])
         [saved[key] for key in needed]
-    except FileNotFoundError:
-        fail(f"there is no {file}")
     except Exception as e:  # whatever is wrong with the file, the answer is the same
-        fail(f"{file} cannot be used ({type(e).__name__}): move it away, or use another --out")
+        reason = getattr(e, "strerror", "") or type(e).__name__
+        fail(f"{file} cannot be used ({reason}): move it away, or use another --out")
     for name, value in expected.items():
         if theirs.get(name) != value:
             fail(f"{file} was made with {name} {theirs.get(name)}, this run has {value}: use the "
@@ -383,28 +395,29 @@ def load_torchvision(args, train):
 
 def load_folder(args, train):
     """Every picture below the folder args.data as RGB, cropped to its central square, resized.
-
-    Every tenth picture of a fixed shuffle is for tests, unless the folder has such a split: two
+    Every tenth picture of a fixed shuffle is for tests, unless the folder has such a split: some
     subfolders called train and test, or the like. If all pictures lie in two or more subfolders,
     these are the labels, in the order of their names. Pictures are decoded once and saved in
-    args.out. Hidden files, and those that a run wrote, are not read.
-    """
-    folder, part = Path(args.data).expanduser(), "training" if train else "test"
+    args.out. Hidden files, and those that a run wrote, are not read."""
+    folder, part = Path(args.data).expanduser().resolve(), "training" if train else "test"
     if not folder.is_dir():
-        fail(f"--data {folder} is neither a known data set (see --help) nor a folder")
+        fail(f"--data {args.data} is neither a known data set (see --help) nor a folder")
+    args.data = str(folder)  # the same for each spelling, for settings()
     places = {file: file.relative_to(folder).parts for file in sorted(folder.rglob("*"))
               if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-              and args.out not in file.parents}
-    places = {file: inside for file, inside in places.items()
-              if not any(name.startswith((".", "__MACOSX")) for name in inside)}
+              and args.out.resolve() not in file.parents
+              and not re.search(r"(^|/)(\.|__MACOSX)", file.relative_to(folder).as_posix())}
     if len(places) < 10:
         fail(f"{folder} holds {len(places)} pictures: give a folder with at least 10")
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
     files = [list(places)[i] for i in order]
-    tops = {inside[0].lower() for inside in places.values()}
-    if len(tops) > 1 and tops <= SPLIT:
-        files = [file for file in files if (places[file][0].lower()[:5] == "train") == train]
-        places = {file: inside[1:] for file, inside in places.items()}
+    while len({inside[0] for inside in places.values()}) == 1 < min(map(len, places.values())) - 1:
+        places = {file: inside[1:] for file, inside in places.items()}  # a folder around them all
+    kinds = {file: match[1].lower() if (match := SPLIT.fullmatch(inside[0])) else ""
+             for file, inside in places.items()}
+    if "train" in kinds.values() and {"test", "val"} & {*kinds.values()}:
+        files = [file for file in files if (kinds[file] in ("test", "val")) != train]
+        places = {file: inside[1:] or inside for file, inside in places.items()}
     else:
         files = [file for i, file in enumerate(files) if (i % 10 == 9) != train]
     files = files[:N_QUICK if args.quick else None]
@@ -484,31 +497,13 @@ def nearest(x, images):
     return (x - train[indices]).square().mean(dim=1).sqrt(), indices  # exact: 0 for a copy
 
 
-def batches(images, size, seed, step=0):
-    """Endless shuffled batches (x float in [-1, 1], y or None) of Images, from number `step` on;
-    they depend on `seed` and the step alone. A last batch that is not full is left out. Of several
-    processes, each gets its share."""
-    size = min(size, len(images.x))
-    size -= size % WORLD
-    per_epoch = len(images.x) // size
-    while True:
-        epoch, first = divmod(step, per_epoch)
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images.x), generator=rng).to(images.x.device)
-        for chosen in order.split(size)[first:per_epoch]:
-            chosen = chosen[RANK::WORLD]
-            yield to_float(images.x[chosen]), None if images.y is None else images.y[chosen]
-        step = (epoch + 1) * per_epoch
-
-
 # --- synthetic digits: a pen, not a font -------------------------------------------------------
 
 # The styles of each digit: strokes, separated by /, through points x,y in hundredths of a box (x to
 # the right, y down). A semicolon is a sharp corner.
 STROKES = {
     0: ["62,3 25,10 5,50 22,92 60,97 93,62 82,18 55,3"],
-    1: ["50,0 49,50 50,100",
-        "30,22 50,0; 50,0 50,100"],
+    1: ["50,0 49,50 50,100", "30,22 50,0; 50,0 50,100"],
     2: ["8,25 32,2 75,6 80,38 45,75 5,100; 5,100 95,97",
         "10,20 45,0 82,18 70,52 38,88 12,97 8,80 32,76 60,94 98,90"],
     3: ["12,10 48,0 82,20 66,43 36,48; 36,48 78,56 88,80 55,100 8,90"],
@@ -516,8 +511,7 @@ STROKES = {
         "70,100 72,50 74,0; 74,0 4,64; 4,64 96,62"],
     5: ["28,4 20,44; 20,44 58,36 90,64 62,97 6,90 / 28,4 92,0"],
     6: ["74,0 32,28 8,68 32,98 76,94 84,66 52,52 16,74"],
-    7: ["6,6 50,5 92,3; 92,3 58,50 38,100",
-        "6,6 92,3; 92,3 58,50 38,100 / 28,52 82,48"],
+    7: ["6,6 50,5 92,3; 92,3 58,50 38,100", "6,6 92,3; 92,3 58,50 38,100 / 28,52 82,48"],
     8: ["80,14 50,0 20,20 48,46 84,74 50,100 14,78 48,48 80,20 70,5"],
     9: ["82,20 50,2 14,22 28,50 64,46 84,16; 84,16 80,60 74,100"],
 }
@@ -564,10 +558,15 @@ def make_digits(n, seed):
 def load_digits(args, train):
     """20,000 training or 4,000 test digits, the same for everyone; made once and saved."""
     cache = args.data_dir / "synthetic_digits.pt"
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save([make_digits(4_000, seed=1), make_digits(20_000, seed=0)], cache)
-    return Images(*torch.load(cache, weights_only=True)[train], "synthetic digits")
+    try:
+        parts = torch.load(cache, weights_only=True)
+    except Exception:  # it is missing or damaged
+        parts = [make_digits(4_000, seed=1), make_digits(20_000, seed=0)]
+        with contextlib.suppress(OSError):  # a read-only folder
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        if os.access(cache.parent, os.W_OK):
+            save(parts, cache)
+    return Images(*parts[train], "synthetic digits")
 
 
 # --- plots -------------------------------------------------------------------------------------
@@ -625,9 +624,9 @@ def plot_curves(file, log, columns, title="", log_scale=()):
 def save_figure(fig, file):
     """Writes a figure as PNG, and prints where; of process.png, which is replaced, only once."""
     again = file.stem == "process" and file.exists()
-    write(lambda f: fig.savefig(f, dpi=110, format="png"), file)
+    written = write(lambda f: fig.savefig(f, dpi=110, format="png"), file)
     if not again:
-        print(f"{CLEAR * sys.stdout.isatty()}wrote {file}")
+        print(f"{CLEAR * sys.stdout.isatty()}wrote {written}")
 
 
 # --- text and files ----------------------------------------------------------------------------
@@ -665,22 +664,26 @@ def progress(label, total, first=0):
 
 def write(writer, file):
     """writer(binary file), then a rename to `file`: after a kill or a full disk the old one is
-    whole. Another program that shows `file` may refuse the rename: tries again for a second."""
+    whole. Returns where the content is: another program that shows `file` may refuse the rename."""
     if RANK:
-        return  # the first process writes
-    temporary = Path(f"{file}.tmp")
+        return file  # the first process writes
+    new = file.with_name(f".{file.name}.new")
     try:
-        with open(temporary, "wb") as f:
+        with open(new, "wb") as f:
             writer(f)
-        for _ in range(10):
+        for _ in range(10):  # for a second
             with contextlib.suppress(PermissionError):
-                return os.replace(temporary, file)
+                os.replace(new, file)
+                return file
             time.sleep(0.1)
-        print(f"{file} is used by another program, and keeps its old content for now")
-    except OSError as e:
-        fail(f"cannot write {file} ({e.strerror or e}); the old file is unchanged", 1)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e:  # torch.save hides the OSError of a full disk
+        new.unlink(missing_ok=True)
+        e = e.__context__ or e
+        fail(f"cannot write {file} ({getattr(e, 'strerror', '') or e}); an older one is whole", 1)
+    if new not in REFUSED:
+        print(f"{file} is used by another program: the new content is in {new}")
+        REFUSED.add(new)
+    return new
 
 
 def save(value, file):

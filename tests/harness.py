@@ -1,13 +1,14 @@
 """What tests of whole runs share: ways to end a run, to compare what it left, and small data."""
 
 import contextlib
+import importlib
 import signal
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy
 import pytest
 import torch
-from matplotlib.animation import PillowWriter
 from PIL import Image
 
 import common
@@ -72,8 +73,13 @@ def make_no_figures(patch):
     patch.setattr(common, "figure", figure)
     for name in ("save_figure", "save_panels", "plot_curves"):
         patch.setattr(common, name, lambda *args, **more: None)
-    patch.setattr(PillowWriter, "saving", lambda *args, **more: contextlib.nullcontext())
-    patch.setattr(PillowWriter, "grab_frame", lambda writer: None)
+    patch.setattr(importlib.import_module("03_unrolled_gan"), "save_animation", lambda *_: None)
+
+
+def batches(images, size, seed=0, step=0):
+    """What run.batches of a Run supplies after so many batches."""
+    run = SimpleNamespace(args=SimpleNamespace(seed=seed), n_batches=step)
+    return common.Run.batches(run, images, size)
 
 
 def all_white(monkeypatch):

@@ -159,7 +159,9 @@ def failing_input(item, error):
                       re.DOTALL)
     if found:
         return " ".join(found[1].split())
-    return ", ".join(f"{name}={value!r}" for name, value in cases(item).items() if name != "own")
+    show = lambda value: inspect.getsource(value).strip() if callable(value) else repr(value)
+    return ", ".join(f"{name}={show(value)}" for name, value in cases(item).items()
+                     if name != "own")
 
 
 class Mine:

@@ -323,12 +323,16 @@ def test_a_confident_bernoulli_keeps_its_last_digits(logit, expected):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-@about("log_bernoulli", "vae_loss", "negative_elbo", edge=True)
+@about("log_bernoulli", "log_gaussian", "vae_loss", "negative_elbo", "iwae_bound", edge=True)
 @pytest.mark.parametrize("call", [
     lambda: vae.log_bernoulli(torch.zeros(5, 784), torch.zeros(2, 5, 784)),   # flat pictures
     lambda: vae.log_bernoulli(-torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)),
+    lambda: vae.log_gaussian(torch.zeros(5, 784), torch.zeros(5, 784), 1.0),
+    lambda: vae.log_gaussian(*torch.zeros(2, 1, 2, 2, dtype=torch.uint8), 1.0),  # 0 - 1 is 255
     lambda: vae.vae_loss(torch.zeros(4, 9), torch.zeros(4, 9), *torch.zeros(2, 3, 5), 1.0),
-    lambda: vae.negative_elbo(torch.zeros(0, 4), *torch.zeros(2, 4, 5))])
+    lambda: vae.negative_elbo(torch.zeros(0, 4), *torch.zeros(2, 4, 5)),
+    lambda: vae.iwae_bound(torch.zeros(0, 4), torch.zeros(0, 4, 5), *torch.zeros(2, 4, 5)),
+    lambda: vae.iwae_bound(torch.zeros(2, 4), torch.zeros(2, 4, 5), *torch.zeros(2, 1, 5))])
 def test_input_that_does_not_fit_is_refused(call):
     with pytest.raises(ValueError):
         call()

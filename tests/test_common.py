@@ -20,7 +20,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import common
-from harness import ctrl_c, killed_after, one_line  # noqa: F401
+from harness import batches, ctrl_c, killed_after, one_line  # noqa: F401
 from strategies import generator, seeds
 
 ROOT = Path(common.__file__).parent
@@ -70,7 +70,7 @@ def numbered(n):
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 40), seeds())
 def test_batches_from_any_step_continue_the_same_stream(n, size, step, seed):
     images = numbered(n)
-    straight, later = common.batches(images, size, seed), common.batches(images, size, seed, step)
+    straight, later = batches(images, size, seed), batches(images, size, seed, step)
     for _ in range(step):
         next(straight)
     for _ in range(5):
@@ -81,7 +81,7 @@ def test_batches_from_any_step_continue_the_same_stream(n, size, step, seed):
 
 @given(st.integers(1, 50), st.integers(1, 12), seeds())
 def test_an_epoch_shows_each_picture_at_most_once(n, size, seed):
-    stream = common.batches(numbered(n)._replace(y=None), size, seed)
+    stream = batches(numbered(n)._replace(y=None), size, seed)
     epoch = torch.cat([next(stream)[0] for _ in range(n // min(size, n))])
     assert len(epoch.unique()) == len(epoch) > n - size
 
@@ -143,9 +143,9 @@ def toy(args, names=("a", "b"), in_step=lambda run: None):
         net = nn.Linear(16, 1)
         opt = torch.optim.Adam(net.parameters(), lr=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 12)
-        batches = run.batches(TEN, 4)
+        stream = run.batches(TEN, 4)
         for step in run.steps(12, net=net, opt=opt, schedule=schedule):
-            x, y = next(batches)
+            x, y = next(stream)
             loss = ((net(x.flatten(1) + torch.randn(16))[:, 0] - y) ** 2).mean()
             opt.zero_grad()
             loss.backward()
@@ -223,13 +223,13 @@ def test_a_checkpoint_that_lacks_a_part_is_found_out(tmp_path, straight, monkeyp
     with killed_after(7):
         toy(args)
     start = {"n_batches": 0, "rows": [], "extra": {}, "random": [(generator(9).get_state(), None)]}
-    monkeypatch.setattr(common, "load_saved", lambda file, expected: (
-        load(file, expected) | ({lost: start[lost]} if lost else {})))
+    monkeypatch.setattr(common, "load_saved", lambda *given: (
+        load(*given) | ({lost: start[lost]} if lost else {})))
     assert (toy(args) == straight) == (lost is None)
 
 
 @pytest.mark.parametrize("times, saved, words", [(1, 5, "stopped at step 5"),
-                                                 (2, 4, "after the last checkpoint")])
+                                                 (2, 4, "stopped; --resume")])
 def test_the_first_ctrl_c_waits_for_the_end_of_the_step_and_the_second_does_not(
         tmp_path, straight, capsys, times, saved, words):
     def press(run):
@@ -297,34 +297,67 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(tmp_path, capsys, ch
     assert file.read_bytes() == before
 
 
+class Full(io.BytesIO):
+    """A file on a full disk."""
+    def write(self, content):
+        raise OSError(28, "the disk is full")
+
+
+@pytest.mark.parametrize("part, full", [
+    ("open", lambda *_: Full()), ("os", mock.Mock(replace=mock.Mock(side_effect=OSError(
+        28, "the disk is full"))))])
 @pytest.mark.parametrize("write", [
-    lambda path: common.save(torch.zeros(9), path),
+    lambda path: common.save(torch.zeros(9), path),  # torch.save hides the OSError in another
     lambda path: common.write_log([{"step": 1}], path),
     lambda path: common.save_panels(path, [("", [("", lambda ax: None)])])])
-def test_a_failed_write_says_so_and_leaves_the_old_file(tmp_path, capsys, monkeypatch, write):
+def test_a_failed_write_says_so_and_leaves_the_old_file(tmp_path, capsys, monkeypatch, write, part,
+                                                        full):
     path = tmp_path / "x.pt"
     common.save(torch.ones(3), path)
-    full = mock.Mock(side_effect=OSError(28, "the disk is full"))
-    monkeypatch.setattr(common.os, "replace", full)
+    monkeypatch.setattr(common, part, full, raising=False)
     one_line(capsys, lambda: write(path), "cannot write", "x.pt", "disk is full", status=1)
     assert torch.equal(torch.load(path), torch.ones(3)) and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("refusals, written", [(3, True), (99, False)])
+@pytest.mark.parametrize("refusals, refused", [(3, False), (29, True)])
 def test_a_file_that_another_program_holds_is_tried_again(tmp_path, capsys, monkeypatch, refusals,
-                                                          written):
-    """Excel holds an open log.csv: the run waits a second, says it, and goes on."""
+                                                          refused):
+    """Excel holds an open file: the run waits a second, says it once, and loses nothing."""
     replace, left = common.os.replace, [refusals]
 
-    def refused(*names):
+    def refuse(*names):
         left[0] -= 1
         return replace(*names) if left[0] < 0 else exec("raise PermissionError(13, 'denied')")
 
     monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(common.os, "replace", refused)
+    monkeypatch.setattr(common.os, "replace", refuse)
+    file, other = tmp_path / "x.pt", tmp_path / ".x.pt.new"
+    for i in range(2):
+        where = common.write(lambda f: f.write(b"%d" % i), file)
+        assert where == (other if refused else file) and where.read_bytes() == b"%d" % i
+    assert capsys.readouterr().out.count("used by another program") == refused
+    assert common.write(lambda f: f.write(b"2"), file) == file
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_files_of_the_reader_stay(tmp_path):
+    for name in ("x.pt.tmp", "x.pt.new", "thesis.2024.tmp"):
+        (tmp_path / name).write_text("mine", encoding="utf-8")
     common.save(torch.ones(3), tmp_path / "x.pt")
-    assert (tmp_path / "x.pt").exists() == written and len(list(tmp_path.iterdir())) == written
-    assert ("used by another program" in capsys.readouterr().out) != written
+    assert len(list(tmp_path.iterdir())) == 4
+    assert (tmp_path / "x.pt.tmp").read_text(encoding="utf-8") == "mine"
+
+
+def test_some_ends_of_a_run_have_no_traceback(capsys):
+    """Changed networks with --resume or a saved generator; Ctrl-C outside of a training run."""
+    with pytest.raises(RuntimeError) as error:
+        nn.Linear(2, 3).load_state_dict(nn.Linear(3, 3).state_dict())
+    one_line(capsys, lambda: common.end(error.type, error.value, error.tb), "networks differ",
+             "another --out", "[3, 3]")
+    one_line(capsys, lambda: common.end(KeyboardInterrupt, KeyboardInterrupt(), None), "stopped",
+             status=130)
+    common.end(ValueError, ValueError("a mistake"), None)
+    assert "ValueError: a mistake" in capsys.readouterr().err
 
 
 def test_the_same_value_gives_the_same_bytes(tmp_path):
@@ -424,7 +457,8 @@ def test_numbers_of_flags_have_bounds(kind, bounds, good, bad):
     (["-k", "-1"], ["-k"]), (["--eta", "nan"], ["--eta"]), (["--seed", "-1"], ["--seed"]),
     (["--seed", "2147483648"], ["--seed", "2147483647"]),
     (["--method", "exakt"], ["did you mean exact?"]), (["--colour"], ["--colour"]),
-    (["--step", "1"], ["did you mean --steps?"]),
+    (["--step", "1"], ["did you mean --steps?"]), (["--step=1"], ["did you mean --steps?"]),
+    (["--out", "~nobody/x", "--size", "9"], ["--size"]),
     (["--see", "1"], ["--see"]),  # no part of a flag is a flag
     (["--data", "mnits"], ["mnits", "neither"]), (["--data", __file__], ["neither"]),
     (["--data", str(ROOT / "tests")], ["holds 0 pictures"]),

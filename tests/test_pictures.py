@@ -112,15 +112,55 @@ def test_subfolders_are_labels_and_every_tenth_picture_is_for_tests(tmp_path, ca
     assert torch.equal(load(tmp_path, tmp_path / "p")[0].x, train.x)  # the same for every run
 
 
-def test_a_folder_with_a_split_of_its_own_keeps_it(tmp_path):
-    """train and test are no labels, and no test picture is trained on; their subfolders are."""
-    for i, place in enumerate(10 * ["train/ant", "train/bee", "Test/ant", "Test/bee"]):
-        (tmp_path / "p" / place).mkdir(parents=True, exist_ok=True)
-        color = (200 * place.startswith("Test"), 100 * place.endswith("bee"), i)
-        Image.new("RGB", (16, 16), color).save(tmp_path / "p" / place / f"{i}.png")
-    for images, red in zip(load(tmp_path, tmp_path / "p"), (0, 200)):
-        assert len(images.x) == 20 and (images.x[:, 0] == red).all()
+@pytest.mark.parametrize("train, test", [
+    ("train", "Test"), ("Training", "validation"), ("training_set", "test-set"), ("train", "val"),
+    ("data/train", "data/test")])  # within one folder more
+@pytest.mark.parametrize("more", ["", "extra/ant/x.png"])
+def test_a_folder_with_a_split_of_its_own_keeps_it(tmp_path, train, test, more):
+    """These are no labels, and no test picture is trained on; their subfolders are labels."""
+    places = [f"{part}/{kind}/{i}.png" for part in (train, test) for kind in ("ant", "bee")
+              for i in range(10)]
+    top = "data/" * train.startswith("data")
+    for i, place in enumerate([*places, top + more] if more else places):
+        (tmp_path / "p" / place).parent.mkdir(parents=True, exist_ok=True)
+        color = (200 * place.startswith(test), 100 * ("bee" in place), i)
+        Image.new("RGB", (16, 16), color).save(tmp_path / "p" / place)
+    for images, red, n in zip(load(tmp_path, tmp_path / "p"), (0, 200), (20 + bool(more), 20)):
+        assert len(images.x) == n and (images.x[:, 0] == red).all()
         assert torch.equal(images.x[:, 1, 0, 0], (100 * images.y).byte())
+
+
+def test_a_picture_beside_the_split_is_trained_on(tmp_path):
+    for place in [*(f"{part}/{i}.png" for part in ("train", "test") for i in range(9)), "x.png"]:
+        (tmp_path / "p" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (200 * place.startswith("test"), 0, 0)).save(
+            tmp_path / "p" / place)
+    train, test = load(tmp_path, tmp_path / "p")
+    assert (train.x[:, 0] == 0).all() and len(train.x) == 10 and (test.x[:, 0] == 200).all()
+
+
+def test_names_like_a_split_may_be_labels(tmp_path):
+    """Without a part to train on, or to test on, they are."""
+    for names in (("test", "val"), ("train", "truck")):
+        for name in names:
+            (tmp_path / names[0] / name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (16, 16)).save(tmp_path / names[0] / name / f"{i}.png")
+        parts = load(tmp_path, tmp_path / names[0])
+        assert [len(part.x) for part in parts] == [18, 2] and len(parts[0].y.unique()) == 2
+
+
+def test_one_folder_written_in_two_ways_is_the_same(tmp_path, monkeypatch):
+    folder_of_pictures(tmp_path / "p", 12, 20)
+    (tmp_path / "link").symlink_to(tmp_path / "p")
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for data in ("p", "p/", "./p", tmp_path / "p", "../" + tmp_path.name + "/p", "link"):
+        args = arguments(tmp_path, "--data", data, "--size", 16)
+        args.out.mkdir(exist_ok=True)
+        common.load_images(args, "cpu")
+        found.append(common.settings(args))
+    assert all(settings == found[0] for settings in found)
 
 
 def test_a_quick_run_decodes_only_the_pictures_that_it_uses(tmp_path, monkeypatch):
@@ -169,6 +209,21 @@ def test_a_changed_folder_is_decoded_again_and_its_run_does_not_go_on(tmp_path, 
         Image.new("RGB", (20, 20), "white").save(file)
     one_line(capsys, train, "training_pictures", "another --out")
     assert common.load_images(args, "cpu", train=False).x.min() == 255
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"half"),
+                                    lambda file: file.unlink(missing_ok=True)])
+@pytest.mark.parametrize("writable", [True, False])
+def test_synthetic_digits_are_made_again_and_need_no_file(tmp_path, monkeypatch, damage, writable):
+    make = common.make_digits
+    monkeypatch.setattr(common, "make_digits", lambda n, seed: make(99, seed))
+    first = load(tmp_path, "digits")[0]
+    damage(tmp_path / "data" / "synthetic_digits.pt")
+    before = sorted(file.stat().st_mtime_ns for file in (tmp_path / "data").iterdir())
+    monkeypatch.setattr(common.os, "access", lambda *_: writable)
+    assert torch.equal(load(tmp_path, "digits")[0].x, first.x)
+    after = sorted(file.stat().st_mtime_ns for file in (tmp_path / "data").iterdir())
+    assert (after != before) == writable
 
 
 # --- MNIST and CIFAR-10 ------------------------------------------------------------------------

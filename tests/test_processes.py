@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import common
+from harness import batches
 from test_common import TEN, arguments, in_step, toy
 
 
@@ -36,9 +37,9 @@ def gradients(folder):
         net, loss = net_and_loss()
         if common.RANK:
             nn.init.zeros_(net[1].weight)
-        batches = run.batches(TEN, 8)
+        stream = run.batches(TEN, 8)
         for _ in run.steps(1, net=net):
-            loss(*next(batches)).backward(inputs=tuple(net.parameters()))
+            loss(*next(stream)).backward(inputs=tuple(net.parameters()))
             noise = torch.randn(5)
     return [p.grad for p in net.parameters()], noise
 
@@ -96,7 +97,7 @@ def test_the_averaged_gradient_is_that_of_the_whole_batch(beside):
     """Two halves of a batch of 8: the mean of two means of 4 is the mean of 8."""
     (first, noise), (second, other_noise) = beside[1]("gradients")
     net, loss = net_and_loss()
-    loss(*next(common.batches(TEN, 8, seed=0))).backward()
+    loss(*next(batches(TEN, 8, seed=0))).backward()
     size = max(p.grad.abs().max().item() for p in net.parameters())
     for p, mine, other in zip(net.parameters(), first, second):
         assert torch.equal(mine, other)
@@ -107,7 +108,7 @@ def test_the_averaged_gradient_is_that_of_the_whole_batch(beside):
 def test_half_of_the_batch_is_rejected():
     """The wrong twin: a process that keeps the gradient of its own half."""
     net, loss = net_and_loss()
-    x, y = next(common.batches(TEN, 8, seed=0))
+    x, y = next(batches(TEN, 8, seed=0))
     whole, half = (torch.autograd.grad(loss(x[part], y[part]), net[1].weight)[0]
                    for part in (slice(None), slice(0, None, 2)))
     assert (whole - half).abs().max() > 1e-3 * whole.abs().max()
@@ -119,7 +120,7 @@ def test_a_chapter_keeps_equal_parameters_and_writes_one_set_of_files(beside):
     (weights, files), (other, other_files) = returned("chapter")
     assert all(map(torch.equal, weights, other)) and files > 0 == other_files
     out = folder / "chapter" / "quick"
-    assert (out / "checkpoint.pt").exists() and not list(out.glob("*.tmp"))
+    assert (out / "checkpoint.pt").exists() and not list(out.glob(".*"))
     assert (out / "log.csv").read_text(encoding="utf-8").count("\n") == 11  # a head, ten steps
     assert said.count("device cpu") == 4  # the first process alone speaks, once for each task
 
@@ -139,7 +140,7 @@ def test_all_processes_get_equally_many_pictures(monkeypatch):
     seen = []
     for rank in range(3):
         monkeypatch.setattr(common, "RANK", rank)
-        seen.append(next(common.batches(TEN, 8, seed=0))[1].tolist())
+        seen.append(next(batches(TEN, 8, seed=0))[1].tolist())
     assert list(map(len, seen)) == [2, 2, 2] and len({*sum(seen, [])}) == 6
 
 

@@ -90,7 +90,8 @@ def test_the_study_has_one_sample_of_z_whatever_k_is(run_01):
 def test_codes_of_two_dimensions_are_plotted_with_their_classes(run_01, monkeypatch):
     """Dots: mu, coloured by the label of the same picture; black: samples of the first q."""
     panels = []
-    monkeypatch.setattr(common, "save_panels", lambda file, rows, *_: panels.extend(rows[0][1]))
+    monkeypatch.setattr(common, "save_panels", lambda file, rows, *_, **__: panels.extend(
+        rows[0][1] if file.name == "pictures.png" else []))
     monkeypatch.setattr(vae, "pictures", lambda *_: {})
     encoded = []
     encode = vae.VAE.encode
@@ -385,6 +386,23 @@ def test_pictures_are_the_second_branch_of_03(tmp_path, digits_dir):
                    "-k", "1", "--batch", "16", "--out", str(tmp_path)])
     samples = results(tmp_path / "quick")["samples_k1_beta0.pt"]
     assert samples.shape == (1000, 1, 28, 28) and samples.dtype == torch.uint8
+
+
+def test_a_run_whose_terminal_is_closed_ends_quietly_and_resumes(tmp_path):
+    """In the background of a terminal: each write then fails with EIO."""
+    pty = pytest.importorskip("pty")
+    command = [sys.executable, unrolled.__file__, "--quick", "-k", "0", "--steps", "400",
+               "--out", str(tmp_path)]
+    ours, theirs = pty.openpty()
+    run = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True)
+    os.close(theirs)
+    while b"step 80/400" not in os.read(ours, 65536):
+        pass
+    os.close(ours)
+    assert run.communicate(timeout=60)[1] == b"" and run.returncode == 141
+    assert torch.load(tmp_path / "quick" / "checkpoint.pt")["step"] < 400
+    again = subprocess.run([*command, "--resume"], capture_output=True, timeout=60)
+    assert (again.returncode, again.stderr) == (0, b"") and b"continuing after step" in again.stdout
 
 
 # --- chapter 04 ---------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_quick_run(script, beside):
     heads = re.search("^(synthetic digits|ring) .quick run.(:|  )", run.stdout, re.MULTILINE)
     assert script[:2] == "08" or heads
     out, = (folder / "out" / script[:-3]).iterdir()
-    assert out.name == "quick" and not list(out.glob("*.tmp"))
+    assert out.name == "quick" and not list(out.glob(".*"))
     assert script[:2] == "08" or (out / "log.csv").read_text(encoding="utf-8").count("\n") > 1
     for samples in out.glob("samples*.pt"):
         assert len(torch.load(samples, weights_only=True)) >= 1000  # 10,000 in a full run
