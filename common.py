@@ -663,7 +663,7 @@ def progress(label, total, first=0):
 
 
 def write(writer, file):
-    """writer(binary file), then a rename to `file`: after a kill or a full disk the old one is
+    """writer(binary file), then a rename to `file`: after a kill or on a full disk the old one is
     whole. Returns where the content is: another program that shows `file` may refuse the rename."""
     if RANK:
         return file  # the first process writes
@@ -679,7 +679,7 @@ def write(writer, file):
     except (OSError, RuntimeError) as e:  # torch.save hides the OSError of a full disk
         new.unlink(missing_ok=True)
         e = e.__context__ or e
-        fail(f"cannot write {file} ({getattr(e, 'strerror', '') or e}); an older one is whole", 1)
+        fail(f"cannot write {file} ({getattr(e, 'strerror', '') or e})", 1)
     if new not in REFUSED:
         print(f"{file} is used by another program: the new content is in {new}")
         REFUSED.add(new)
