@@ -169,8 +169,8 @@ def inception_score(probs, splits=1):
 
 
 def check_features(features_a, features_b, rows):
-    """Both in float64. ValueError unless they are [N, d] of any dtype, with the same d, at least
-    `rows` rows each (N may differ), and finite values."""
+    """Both in float64. ValueError unless they are [N, d] of any dtype with the same d (1 or more),
+    at least `rows` rows each (N may differ), and finite values."""
     for x in (features_a, features_b):
         if x.ndim != 2 or x.shape[1:] != features_a.shape[1:] or len(x) < rows or (
                 not x.isfinite().all()):
