@@ -540,7 +540,7 @@ def plot_samples(file, images, rows, title):
     cells = [("data\n", common.panel(images.x[:64]))]
     for name, row in rows.items():
         name = "\n".join(Path(name).parts[-2:]).removesuffix(".pt").replace("samples_", "")
-        scores = ", ".join(f"{key} {row[key]:.3g}" for key in ("FID", "IS") if key in row)
+        scores = ", ".join(f"{key} {row[key]:.3g}" for key in ("FID", "recall") if key in row)
         cells.append((f"{name}\n{scores}", common.panel(row["pictures"])))
         if len(images.x) < 1000:  # few enough to be learned by heart
             cells.append((f"{name}\nnearest training pictures", common.panel(row["nearest"])))
@@ -611,7 +611,7 @@ def main(argv=None):
     keys = {"FID": f"{metric.name} FID", "IS": f"{metric.name} IS"} if trained_here else {}
     common.plot_curves(args.out / "scores.png", run.rows, keys | {
         "slope": "slope of D: mean ‖∇D‖"}, f"{images.name}, seed {args.seed}, scores of "
-        f"{args.n_score:,} samples", log_scale=["FID", "slope"])
+        f"{args.n_score:,} samples", log_scale=["slope"])
     print_measures(images.name, metric, images, rows)
     if trained_here:
         best = min(rows, key=lambda name: rows[name]["FID"])
