@@ -277,7 +277,7 @@ def pictures(net, x, samples):
 # --- figures -----------------------------------------------------------------------------------
 
 CAPTIONS = {  # for each panel: its number of columns, and its title
-    "test": (8, "test pictures, binarised or grey,\nleft: original, right: reconstruction"),
+    "test": (8, "test pictures{},\nleft: original, right: reconstruction"),
     "five": (6, "top row: originals; below: each\ndecoded from five samples of z"),
     "samples": (8, "samples: decoded z ~ N(0, I)\n"),
     "interpolation": (8, "each row: from one code to another\nin equal steps"),
@@ -288,7 +288,8 @@ def figures(args, images, y, run):
     """pictures.png, curves.png: the first model. study.png: all models, from their results."""
     title = f"VAE on {images.name}, seed {args.seed}, z has {args.z_dim} dimensions"
     name, numbers = next(iter(run.done.items()))
-    panels = [(CAPTIONS[kind][1], common.panel(x, CAPTIONS[kind][0]))
+    binarised = ", binarised" * (numbers["likelihood"] == "bernoulli")
+    panels = [(CAPTIONS[kind][1].format(binarised), common.panel(x, CAPTIONS[kind][0]))
               for kind, x in numbers["pictures"].items()]
     if args.z_dim == 2:
         panels.append(("codes of test pictures by class;\nblack: samples of one q(z|x)",
