@@ -9,18 +9,18 @@ Idea     A decoder turns a code z into p(x|z), a distribution of pictures. With
          z = mu + exp(logvar / 2) u, u ~ N(0, I)             -> reparameterise()
          KL(q ‖ N(0, I)) = ½ Σ (exp(logvar) + mu² - 1 - logvar)
                                                          -> kl_standard_normal()
-         log p(x) >= E_q log p(x|z) - KL, the ELBO            -> negative_elbo()
-         A tighter bound: the log of the mean of k importance weights
-         p(x|z) p(z) / q(z|x)                                    -> iwae_bound()
+         E_q log p(x|z) - KL <= log p(x): the evidence lower bound (ELBO)
+                                                             -> negative_elbo()
+         A tighter bound: the log of the mean of p(x|z) p(z) / q(z|x), the
+         importance weights, over k samples z of q               -> iwae_bound()
          One report minimises -2 ELBO plus a constant              -> vae_loss()
 See      pictures.png: reconstructions and samples. study.png: four short runs
          with Gaussian pixels, three with different variances and one without
-         the KL term. Printed: nll, minus the tighter bound, on average above
+         the KL term. Printed: nll = -(tighter bound), on average at least
          -log p(x): 86.8 nats for 1,000 MNIST test digits (Burda et al.: 86.8).
 Differs  Convolutions with batch norm; in the papers fully connected layers.
 Try      With --z-dim 2, what gets worse, the reconstructions or the samples?
-Run      python 01_vae.py
-         python 01_vae.py --models vae -k 5 --steps 6400  (the tighter bound)
+Run      python 01_vae.py [--models vae -k 5 --steps 6400] (the tighter bound)
 """
 
 import math
@@ -40,7 +40,7 @@ N_SAMPLES, N_TEST = 10_000, 1000     # pictures in samples.pt; test pictures tha
 # which the factor means nothing. The other four have Gaussian pixels and few steps, for study.png.
 MODELS = {"vae": (1, 1), "low-sigma2": (0.1, 1), "mid-sigma2": (1, 1), "high-sigma2": (10, 1),
           "no-kl": (1, 0)}
-SHORT = 0.036    # of the steps (180 of 5,000) and of the test pictures: for the other four models
+SHORT = 0.036    # share of the steps (180 of 5,000) and test pictures that the other four get
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -325,12 +325,12 @@ def parse_args(argv=None):
     g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
                    help="of the vae; if not given: bernoulli for one channel, else gaussian")
     g.add_argument("--x-sigma2", type=common.number(float, above=0), default=0.001,
-                   help="variance of a Gaussian pixel, divided by the number of pixels")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="2: also plots all z")
+                   help="a Gaussian pixel has the variance: this times the number of pixels")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="of z; 2: it is plotted")
     g = p.add_argument_group("training")
     g.add_argument("-k", type=common.number(int, 1), default=1, help="samples of z in the bound "
                    "that the vae maximises; above 1: the importance-weighted autoencoder")
-    g.add_argument("--steps", type=common.number(int, 1), default=5000, help="of the vae")
+    g.add_argument("--steps", type=common.number(int, 1), default=5000, help="others: 3.6 %% of it")
     g.add_argument("--batch", type=common.number(int, 2), default=128, help="pictures in a batch")
     g.add_argument("--lr", type=common.number(float, above=0), default=1e-2,
                    help="Adam's learning rate, which falls to 0")

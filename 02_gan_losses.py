@@ -2,9 +2,9 @@ r"""02 - GAN losses: twelve methods, one training loop.
 
 Papers   Goodfellow et al. 2014, arXiv:1406.2661; functions name the others.
 Idea     A generator G turns noise z into pictures. A discriminator D gives each
-         picture a score, the logit a; σ(a) is the probability of "real".
-         D maximises E log σ(a(x)) + E log(1 - σ(a(G(z))))            -> bce_d()
-         G minimises E log(1 - σ(a)), a = a(G(z)). Its derivative in a, -σ(a),
+         picture x a score, the logit D(x); σ(D(x)): probability of "real".
+         D maximises E log σ(D(x)) + E log(1 - σ(D(G(z))))            -> bce_d()
+         G minimises E log(1 - σ(a)), a = D(G(z)). Its derivative in a, -σ(a),
          is almost 0 if D is sure of a fake: it saturates         -> minimax_g()
          Or -E log σ(a): its derivative is then almost -1   -> nonsaturating_g()
          Other methods change the losses, add a penalty or labels, or use an
@@ -45,7 +45,7 @@ N_SAMPLES, N_NEAREST, N_SPECKS = 10_000, 2000, 500  # saved; compared with the d
 
 # --- the idea ----------------------------------------------------------------------------------
 # All losses are to be minimised; E is the mean over the batch. real, fake: D's scores of data and
-# of G's pictures, floats [B]. rng: a torch.Generator, or None. critic: D, given its pictures only.
+# of G's pictures, floats [B]. rng: a torch.Generator, or None. critic: x -> D's scores.
 
 def bce_d(real, fake, real_label=1.0, label_noise=0.0, rng=None):
     """BCE(real, y) + BCE(fake, y'), where BCE(a, y) = -E[y log σ(a) + (1 - y) log(1 - σ(a))], nats.
@@ -100,7 +100,7 @@ def clip(net, limit):
 
 
 def gradient_norms(critic, x):
-    """‖∇_x critic(x)‖ of each example, [B]. Differentiable, also where this gradient is 0.
+    """‖∇_x critic(x)‖ of each example, [B]; it can be differentiated again, also where it is 0.
     critic: x [B, ...] -> scores [B], each of its own example alone (no batch norm). Therefore the
     gradient of the sum of the scores holds the gradient of each of them."""
     x = x.detach().requires_grad_()
@@ -546,7 +546,7 @@ def tell_causes(run, args, method, x, x_fake):
     causes = {fingerprint(row["loss_d"], row["loss_g"], args.real_label) for row in rows[-3:]}
     if method.logits and len(rows) >= 3 and len(causes) == 1 and not causes & {None, *told}:
         told += causes
-        print("{model}: losses stay at {loss_d:.4f} and {loss_g:.4f}:".format(**rows[-1]), told[-1])
+        print("{model}, step {step}: {loss_d:.4f}, {loss_g:.4f}:".format(**rows[-1]), told[-1])
 
 
 def measure(x, y, images, labels=""):
@@ -636,12 +636,12 @@ def parse_args(argv=None):
     usual = [name for name in METHODS if name.startswith(("minimax", "nonsat", "lsgan"))]
     add("--loss", nargs="+", choices=[*METHODS, "all"], metavar="LOSS",
         help=f"{', '.join(METHODS)}, or all; if not given: {', '.join(usual)}")
-    add("--steps", type=whole(1), default=2500, help="of G; for began twice, for -ahead a fifth")
+    add("--steps", type=whole(1), default=2500, help="of G; infogan 1.25x, began 2x, -ahead 0.2x")
     add("--batch", type=whole(2), default=64, help="pictures in a batch")
     add("--z-dim", type=whole(1), default=64, help="length of z")
     add("--nets", choices=["fc", "dense", "conv"], help="fully connected, with convolutions at G's "
         "end, or convolutions; if not given: dense for small pictures, else conv")
-    add("--width-g", type=whole(1), help="channels at half the side in G; if not given: 8, conv 32")
+    add("--width-g", type=whole(1), help="channels before G's last layer; if not given: 8, conv 32")
     add("--width-d", type=whole(1), help="the same in D, only for conv; if not given: 32")
     for player in ("d", "g"):
         add(f"--lr-{player}", type=real(above=0), help="learning rate; if not given: the method's")
@@ -650,8 +650,8 @@ def parse_args(argv=None):
     add("--g-steps", type=whole(1), default=1, help="steps of G")
     add("--d-schedule", choices=["linear", "constant", "cosine", "restarts", "cyclic"],
         default="linear", help="how D's learning rate changes")
-    add("--real-label", type=real(above=0, most=1), default=1.0, help="0.9: one-sided smoothing")
-    add("--label-noise", type=real(0, 1), default=0.0, help="fuzzy labels: width around the label")
+    add("--real-label", type=real(above=0, most=1), default=1.0, help="0.9: label smoothing")
+    add("--label-noise", type=real(0, 1), default=0.0, help="fuzzy labels: width of their interval")
     add("--input-noise", type=real(0, 1), default=0.0,
         help="standard deviation of noise on D's input, in [-1, 1] units; it falls to 0")
     add("--r1", type=real(0), default=0.0, help="gamma, weight of the R1 penalty")
@@ -693,7 +693,7 @@ def main(argv=None):
     common.print_table([f"{images.name}: loss", *columns], [
         [name, *(f"{numbers.get(column, math.nan):.3g}" for column in columns)]
         for name, numbers in run.done.items()])
-    print(f"(the data: {specks(common.to_float(images.x[:N_SPECKS])):.3g} specks)")
+    print(f"(specks: lone pixels; data: {specks(common.to_float(images.x[:N_SPECKS])):.3g})")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ r"""03 - Unrolled GAN: G anticipates how D will react.
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
 Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z))))       -> value()
          θ: weights; σ: the sigmoid. D returns logits and maximises f.
-Idea     θ_D^k: θ_D after k steps θ <- θ + η ∇f(θ_G, θ) in θ -> unroll()
+Idea     θ_D^k (k is no power): θ_D after k steps θ <- θ + η ∂f(θ_G, θ)/∂θ
+                                                                    -> unroll()
          G minimises f(θ_G, θ_D^k(θ_G)), so that its loss takes D's reaction
          into account; D takes one step. k = 0: plain GAN  -> unrolled_loss_g()
 See      process.gif: three GANs on a ring of 8 modes (clusters of the data).
@@ -11,11 +12,10 @@ See      process.gif: three GANs on a ring of 8 modes (clusters of the data).
          0 or 1 mode. Unrolled (k = 5) it covers 8, and 96 % of the samples are
          good: within 3 standard deviations of a mode. The plain GAN *without*
          momentum covers 8 as well, with 95 to 96 %, in a quarter of the time.
-Differs  The authors' notebook has beta1 = 0.5, which lets 1 of 10 seeds cover
-         all modes here. G is trained on the non-saturating loss at θ_D^k,
+Differs  The authors' notebook has beta1 = 0.5; here 1 of 10 seeds then covers
+         all modes. G is trained on the non-saturating loss at θ_D^k, that is
          -E log σ(D(G(z))). D has one hidden layer. On pictures beta1 is 0.
-Try      --beta1 0 -k 0: does the plain GAN still collapse? And what does
-         --method rollback lose? Predict, then run.
+Try      --method rollback: what is lost? Predict, then run.
 Run      python 03_unrolled_gan.py [--data mnist]
 """
 
@@ -326,7 +326,8 @@ def plot_process(run, args, data):
 def save_animation(run, args, data):
     """process.gif: the training runs side by side, five snapshots a second."""
     snapshots, frames = snapshots_of(run), []
-    fig, axes = common.figure(1, len(snapshots), 2.4 * len(snapshots), 3.1)
+    fig, axes = common.figure(1, len(snapshots), 2.4 * len(snapshots), 3.4, "circles: modes of "
+                              "the data, dots: samples; D says blue: real, red: fake")
     for step in next(iter(snapshots.values())):
         for ax, (name, by_step) in zip(axes[0], snapshots.items()):
             ax.clear()

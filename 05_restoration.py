@@ -423,7 +423,7 @@ def parse_args(argv=None):
     g.add_argument("--starts", type=whole, default=1, help="1: z = 0; more: also random z")
     g.add_argument("--restore-steps", type=whole, default=100, help="steps from each start")
     g.add_argument("--restore-lr", type=above_0, default=0.2, help="learning rate of z, falls to 0")
-    g.add_argument("--lam", type=common.number(float, 0), default=0.3, help="λ: variance per pixel")
+    g.add_argument("--lam", type=common.number(float, 0), default=0.3, help="λ, weight of ‖z‖²")
     p.set_defaults(n_test=N_TEST, n_noise=N_NOISE, n_samples=N_SAMPLES)
     return common.parse(p, argv, quick=dict(data="digits", steps=10, restore_steps=10, n_test=16,
                                             n_noise=8, n_samples=1000))

@@ -3,18 +3,17 @@ r"""07 - Three ways to bound the slope of D, and four scores for generators.
 Papers   WGAN 1701.07875, WGAN-GP 1704.00028, spectral norm 1802.05957; scores:
          IS 1606.03498, FID 1706.08500, KID 1801.01401, recall 1904.06991
 Idea     The slope of D at a picture x is ‖∇D(x)‖. Data p and samples q have
-         the Wasserstein distance max E_p D - E_q D, slopes <= 1   -> wgan_d()
+         Wasserstein distance: largest E_p D - E_q D, slopes <= 1  -> wgan_d()
          To bound the slope: clip D's weights (wgan)               -> clip()
          or divide weights by their top singular value (sn) -> SpectralNorm()
          or add λ E (‖∇D‖ - 1)² to the loss (wgan-gp)  -> gradient_penalty()
          IS = exp E KL(p(y|x) ‖ p(y)), classes y         -> inception_score()
          FID = ‖m - m'‖² + tr(C + C' - 2 (C C')^½): means, covariances of a
          network's features of data and samples        -> frechet_distance()
-         KID: the MMD² of these features, also for few   -> kernel_distance()
+         KID: MMD² of these features, unbiased           -> kernel_distance()
          Recall: the share of real pictures near a sample         -> recall()
-See      samples.png; scores.png: scores and slope of D during training;
-         truncation.png. On MNIST the FID is 10 to 16 for vanilla (plain GAN),
-         sn and wgan-gp, and 60 for wgan: a stable GAN gains little.
+See      samples.png, scores.png, truncation.png. On MNIST the FID is 10 to 16
+         for vanilla (plain GAN), sn, wgan-gp; 60 for wgan. Little is gained.
 Differs  Learning rates above the papers', one step of D to one of G (theirs:
          often five), λ = 1 (10); the logit of sn is 8 D(x). Grey pictures are
          scored by a small classifier: compare with no published score.
@@ -501,7 +500,8 @@ def measure(metric, x, images):
 def print_measures(title, metric, images, rows):
     """A table of all rows by name, and of real pictures and noise, the ends of the scale."""
     if metric:
-        rng, real = torch.Generator().manual_seed(0), metric.real
+        rng = torch.Generator().manual_seed(0)
+        real = metric.real[:min(row["n"] for row in rows.values())]  # scores depend on n
         noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=rng).to(real.device)
         rows = rows | {"real training pictures": measure(metric, real, images),
                        "noise": measure(metric, noise, images)}
@@ -575,8 +575,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=count, default=2200, help="of G, and (--n-critic 1) of D")
     g.add_argument("--batch", type=common.number(int, 2), default=64, help="pictures in a batch")
     for player in "dg":
-        g.add_argument(f"--lr-{player}", type=positive, help="if not given: the model's")
-    g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0, help="of Adam")
+        g.add_argument(f"--lr-{player}", type=positive, help="learning rate, else the model's")
+    g.add_argument("--beta1", type=common.number(float, 0, 0.999), default=0.0, help="momentum")
     g.add_argument("--clip", type=positive, help="bound of wgan's weights; if not given: 0.03")
     g.add_argument("--score", nargs="+", metavar="FILE", type=expanduser,
                    help="trains no GAN: scores samples*.pt of any chapter, or your uint8 tensor")

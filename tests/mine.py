@@ -159,7 +159,7 @@ def failing_input(item, error):
                       re.DOTALL)
     if found:
         return " ".join(found[1].split())
-    show = lambda value: inspect.getsource(value).strip() if callable(value) else repr(value)
+    show = lambda value: inspect.getsource(value).strip(" ,\n") if callable(value) else repr(value)
     return ", ".join(f"{name}={show(value)}" for name, value in cases(item).items()
                      if name != "own")
 

@@ -516,13 +516,14 @@ def test_fingerprints_of_two_sigmoids_for_every_label(real_label, d):
 def test_a_frozen_log_is_named_once(capsys):
     """Three rows with the same fingerprint: named at the third, not before and not again."""
     frozen, moving = {"loss_d": 1.0064, "loss_g": 0.6931}, {"loss_d": 1.2, "loss_g": 0.9}
-    log = [row | {"model": "m"} for row in [moving, *3 * [frozen], moving, *4 * [frozen]]]
+    log = [row | {"model": "m", "step": 9} for row in [moving, *3 * [frozen], moving,
+                                                       *4 * [frozen]]]
     run, args = SimpleNamespace(name="m", extra={}), SimpleNamespace(real_label=1.0)
     named, x = [], torch.rand(2, 1, 3, 3)
     for n in range(1, len(log) + 1):
         run.rows = log[:n]
         losses.tell_causes(run, args, losses.METHODS["minimax"], x, x)
-        named.append("1.0064 and 0.6931: a sigmoid applied twice" in capsys.readouterr().out)
+        named.append("step 9: 1.0064, 0.6931: a sigmoid applied twice" in capsys.readouterr().out)
     assert named == [n == 4 for n in range(1, len(log) + 1)]
 
 
