@@ -598,8 +598,8 @@ def figures(args, images, table, done, log):
         common.save_panels(args.out / "saturation.png", [("", plots), ("", ahead)], title, size=3)
     fair = [row for row in log if not row["model"].endswith("-ahead")]
     common.plot_curves(args.out / "curves.png", fair or log, {
-        "loss_d": "loss of D", "loss_g": "loss of G", "D(x)": "D(x): D's output for data",
-        "D(G(z))": "D(G(z)): D's output for fakes", "gradient": "norm of the gradient in G"}, title)
+        "loss_d": "loss of D", "loss_g": "loss of G", "D(G(z))": "D(G(z)): D's output for fakes"},
+        title)
 
 
 def plot_derivatives(table, log, ax):
