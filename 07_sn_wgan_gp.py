@@ -476,7 +476,8 @@ def score(metric, x, pairs=True):
     if min(len(features), len(metric.reference)) > features.shape[1]:
         scores["FID"] = frechet_distance(features, metric.reference)
     if pairs and len(x) > 3:
-        pair = [f[::max(1, len(f) // N_PAIRS)] for f in (metric.reference, features)]
+        pair = [f[torch.randperm(len(f), generator=torch.Generator().manual_seed(0))[:N_PAIRS]]
+                for f in (metric.reference, features)]  # at random: labels may repeat in the order
         scores |= {"KID": kernel_distance(*pair), "recall": recall(*pair)}
     return scores
 
@@ -492,9 +493,8 @@ def measure(metric, x, images):
     """A row of the tables for pictures x, uint8, and 64 of them for a figure. distance: from x to
     the nearest of 10,000 training pictures, root mean square over the pixels, in [-1, 1] units."""
     distances, indices = common.nearest(common.to_float(x[:1000]), images)
-    row = {"n": len(x), "distance": distances.mean().item(), "pictures": x[:64].cpu().clone(),
-           "nearest": images.x[indices[:64]].cpu()}
-    return row | (score(metric, x) if metric else {})
+    return {"n": len(x), "distance": distances.mean().item(), "pictures": x[:64].cpu().clone(),
+            "nearest": images.x[indices[:64]].cpu(), **(score(metric, x) if metric else {})}
 
 
 def print_measures(title, metric, images, rows):
