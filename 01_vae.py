@@ -11,8 +11,8 @@ Idea     A decoder turns a code z into p(x|z), a distribution of pictures. With
                                                          -> kl_standard_normal()
          E_q log p(x|z) - KL <= log p(x): the evidence lower bound (ELBO)
                                                              -> negative_elbo()
-         A tighter bound: the log of the mean of p(x|z) p(z) / q(z|x), the
-         importance weights, over k samples z of q               -> iwae_bound()
+         A tighter bound: the log of the mean, over k samples z of q, of the
+         importance weights p(x|z) p(z) / q(z|x)                 -> iwae_bound()
          One report minimises -2 ELBO plus a constant              -> vae_loss()
 See      pictures.png: reconstructions and samples. study.png: four short runs
          with Gaussian pixels, three with different variances and one without
@@ -40,7 +40,7 @@ N_SAMPLES, N_TEST = 10_000, 1000     # pictures in samples.pt; test pictures tha
 # which the factor means nothing. The other four have Gaussian pixels and few steps, for study.png.
 MODELS = {"vae": (1, 1), "low-sigma2": (0.1, 1), "mid-sigma2": (1, 1), "high-sigma2": (10, 1),
           "no-kl": (1, 0)}
-SHORT = 0.036    # share of the steps (180 of 5,000) and test pictures that the other four get
+SHORT = 0.036    # the other four get 180 of 5,000 steps, and 36 of 1,000 test pictures
 
 
 # --- the idea ----------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ def vae_loss(x, x_rec, mu, logvar, x_sigma2):
     data_term: the mean over the pixels of (x - x_rec)² / x_sigma2. kl_term: 2 KL. loss: their sum.
     x, x_rec: [B, ...] with d_x values each; mu, logvar: [B, d]; x_sigma2 > 0. The ELBO has a sum
     over the pixels, not a mean. Therefore x_sigma2 stands for pixels of variance s² = x_sigma2 d_x
-    (MNIST: 0.001 means 0.784), and -ELBO = loss / 2 + (d_x / 2) log(2 π s²), nats. train() does not
-    use this loss, only this meaning of --x-sigma2. Raises ValueError if x_sigma2 is not above 0, if
-    shapes do not fit, or if the batch is empty.
+    (MNIST: 0.001 means 0.784), and -ELBO = loss / 2 + (d_x / 2) log(2 π s²), nats. train() has
+    -ELBO as its loss, with s² as the variance of a pixel. Raises ValueError if x_sigma2 is not
+    above 0, if shapes do not fit, or if the batch is empty.
     """
     if not x_sigma2 > 0 or x.shape != x_rec.shape or not 0 < len(x) == len(mu):
         raise ValueError(f"x_sigma2 {x_sigma2} must be positive, and the shapes must fit: "
@@ -325,8 +325,8 @@ def parse_args(argv=None):
     g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
                    help="of the vae; if not given: bernoulli for one channel, else gaussian")
     g.add_argument("--x-sigma2", type=common.number(float, above=0), default=0.001,
-                   help="a Gaussian pixel has the variance: this times the number of pixels")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="of z; 2: it is plotted")
+                   help="times C H W (MNIST: 784), it is the variance of a Gaussian pixel")
+    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="size of z; 2: plotted")
     g = p.add_argument_group("training")
     g.add_argument("-k", type=common.number(int, 1), default=1, help="samples of z in the bound "
                    "that the vae maximises; above 1: the importance-weighted autoencoder")

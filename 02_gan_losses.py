@@ -642,7 +642,7 @@ def parse_args(argv=None):
     add("--nets", choices=["fc", "dense", "conv"], help="fully connected, with convolutions at G's "
         "end, or convolutions; if not given: dense for small pictures, else conv")
     add("--width-g", type=whole(1), help="channels before G's last layer; if not given: 8, conv 32")
-    add("--width-d", type=whole(1), help="the same in D, only for conv; if not given: 32")
+    add("--width-d", type=whole(1), help="after D's first layer, for conv; if not given: 32")
     for player in ("d", "g"):
         add(f"--lr-{player}", type=real(above=0), help="learning rate; if not given: the method's")
     add("--beta1", type=real(0, 0.999), default=0.0, help="momentum of Adam, for both players")

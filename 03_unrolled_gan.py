@@ -264,7 +264,7 @@ def measure(x, data):
 
 
 def kl_to_uniform(counts):
-    """Σ p log(K p), p = counts / sum, nats: 0 if all are equal, log K if one has all; nan if 0."""
+    """Σ p log(K p) of the K shares p, nats: 0 if all are equal, log K if one has all."""
     p = counts.cpu().double() / counts.sum().cpu()
     return torch.special.xlogy(p, len(p) * p).sum().item()
 
@@ -361,7 +361,7 @@ def parse_args(argv=None):
     add("--beta1", type=real(0, 0.999), nargs="+", metavar="B",
         help=f"Adam's momentum: one for all K, or one for each {usual['beta1']}")
     add("--method", choices=["exact", "rollback"], default="exact",
-        help="does G's gradient flow through the unrolled steps?")
+        help="exact: G's gradient flows through D's k steps")
     add("--eta", type=real(above=0), help=f"size of an unrolled step {usual['eta']}")
     add("--steps", type=whole(1), help=f"training steps for each model {usual['steps']}")
     add("--batch", type=whole(2), help=f"points or pictures in a batch {usual['batch']}")

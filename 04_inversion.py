@@ -10,8 +10,8 @@ Idea     z* = argmin_z ‖G(z) - x‖², the best of R random starts   -> invert
 See      inversion.png: pictures beside their inversions. starts.png: the error
          of every start. worst.png: test pictures with the largest error.
          between.png: interpolations. Mean squared error on test digits of
-         MNIST: random starts 0.031, hybrid 0.003. G is able to generate these
-         digits, so most of the 0.031 is left by the search.
+         MNIST: random starts 0.030, hybrid 0.003. G is able to generate these
+         digits, so most of the 0.030 is left by the search.
 Differs  Adam with beta2 = 0.9 moves z. The weights of G are an average over the
          last quarter of its training steps.
 Try      --starts 10 --invert-steps 24 is as much work as 3 starts of 80 steps.
