@@ -47,7 +47,7 @@ def test_wrong_kls_are_rejected(twin):
 
 
 def negative_elbo_is_its_mean(negative_elbo, seed, n, k):
-    """KL by torch, and the mean over the k draws by a sum in Python."""
+    """KL by torch, and the mean over the k samples by a sum in Python."""
     mu, logvar = gaussian(seed, n, 3)
     log_px = normal(seed + 2, k, n)
     kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=1)
@@ -171,8 +171,8 @@ def test_a_learned_variance_has_the_gradient_that_it_has_in_torch(seed, shape):
     got = vae.log_gaussian(x, mean, variance)
     # e^3 and more is rare for the inverse variance: sums of up to 240 terms of a few hundred
     assert_close(got, expected, rtol=1e-11, atol=1e-11)
-    slopes = (torch.autograd.grad(values.sum(), variance)[0] for values in (got, expected))
-    assert_close(*slopes, rtol=1e-9, atol=1e-9)
+    derivatives = (torch.autograd.grad(values.sum(), variance)[0] for values in (got, expected))
+    assert_close(*derivatives, rtol=1e-9, atol=1e-9)
 
 
 @about("log_bernoulli")

@@ -56,7 +56,7 @@ def test_wrong_cross_entropies_are_rejected(twin):
 @about("bce_d")
 @given(seeds(), st.sampled_from([0, 1, 0.9]), st.floats(0.1, 0.5))
 def test_fuzzy_labels_are_uniform_around_the_label(seed, real_label, width):
-    """The slope of the loss in a logit a is (σ(a) - y) / n, which gives every label y away.
+    """The derivative of the loss in a logit a is (σ(a) - y) / n, which gives every label y away.
 
     The tolerance 0.07 fails once in 10^8 (Dvoretzky, Kiefer, Wolfowitz: 2 exp(-2 n 0.07²)).
     """
@@ -72,7 +72,7 @@ def test_fuzzy_labels_are_uniform_around_the_label(seed, real_label, width):
 @about("bce_d", edge=True)
 @given(seeds(), st.floats(0, 1))
 def test_labels_without_noise_draw_no_random_number(seed, real_label):
-    """So that a training with the plain loss is the same to the bit as one without this flag."""
+    """So that training with the plain loss is the same to the bit as without this flag."""
     before = torch.get_rng_state()
     losses.bce_d(*scores(seed, 4), real_label, label_noise=0.0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -141,7 +141,7 @@ def test_clipping_moves_what_is_outside_of_the_box_to_its_edge(seed, limit):
 # --- penalties ---------------------------------------------------------------------------------
 
 def penalty_is_a_mean_over_examples(penalty, seed, n, of_norm):
-    """The critic is linear on either side of 0 in the first pixel, with the slopes ‖w_0‖, ‖w_1‖.
+    """The critic is linear on either side of 0 in the first pixel, gradients of norm ‖w_0‖, ‖w_1‖.
 
     This pixel is -10 or 10, so that no penalty looks across: dragan's moves it by 2.3 or less.
     """
@@ -215,7 +215,7 @@ def test_a_picture_of_one_pixel_has_no_spread_and_is_not_moved(seed, n):
 
 @about("gradient_norms", "gradient_penalty", "dragan_penalty", "r1_penalty", edge=True)
 def test_a_flat_critic_has_penalty_one_and_a_finite_second_derivative():
-    """The root of a sum of squares has an infinite slope at 0, which would become nan."""
+    """The root of a sum of squares has an infinite derivative at 0, which would become nan."""
     x, w = normal(0, 3, 4), torch.zeros(4, dtype=torch.float64, requires_grad=True)
     critic = lambda x: x @ w
     for penalty, expected in ((losses.gradient_norms(critic, x).mean(), 0.0),
@@ -343,9 +343,9 @@ def test_a_step_of_g_moves_its_picture_toward_the_data(name):
     method, z = losses.METHODS[name], torch.tensor([[0.0], [1e-6]])
     D, y = OneNumber(name), F.one_hot(torch.tensor([3, 3]), 10).float()
     x, x_fake = torch.tensor([[1.0], [1.1]]), torch.tensor([[-1.0], [-1.2]], requires_grad=True)
-    slope, = torch.autograd.grad(method.loss_g(D, x_fake, y, z, 1.0), x_fake)
+    derivative, = torch.autograd.grad(method.loss_g(D, x_fake, y, z, 1.0), x_fake)
     x_fake = x_fake.detach()
-    assert (slope < 0).all()
+    assert (derivative < 0).all()
     assert method.loss_d(D, x, x_fake, y) < method.loss_d(D, x_fake, x, y)
 
 
@@ -539,15 +539,15 @@ def test_each_mistake_leaves_its_trace(mistake):
     method = losses.broken(losses.METHODS[losses.MISTAKES[mistake][0]], mistake)
     d, g = method.loss_d(D, x, x_fake, None).item(), method.loss_g(D, x_fake, None, None, 0.0)
     start = method.loss_d(D, 0 * x, 0 * x_fake, None).item()
-    slope = torch.autograd.grad(g, x_fake)[0].abs()
+    derivative = torch.autograd.grad(g, x_fake)[0].abs()
     told = losses.fingerprint(d, g.item())
     if mistake == "double-sigmoid":
-        assert d == pytest.approx(1.00641, abs=1e-5) and "twice" in told and slope < 1e-30
+        assert d == pytest.approx(1.00641, abs=1e-5) and "twice" in told and derivative < 1e-30
     elif mistake == "averaged-log":
-        assert start == pytest.approx(math.log(2)) and slope < 1e-30  # of minimax
+        assert start == pytest.approx(math.log(2)) and derivative < 1e-30  # of minimax
         assert "halves" in losses.fingerprint(math.log(2), math.log(2))
     else:
-        assert (d, g) == (0, 1) and "squared errors of a sigmoid" in told and slope < 1e-30
+        assert (d, g) == (0, 1) and "squared errors of a sigmoid" in told and derivative < 1e-30
 
 
 @pytest.mark.parametrize("mistake, derivative", [

@@ -501,13 +501,13 @@ def test_a_mask_lies_on_the_upright_photo_and_moves_with_it(tmp_path):
 
 @pytest.mark.parametrize("c, side", [(1, 28), (3, 32)])
 def test_nothing_under_the_mask_matters(tmp_path, c, side):
-    """A blot, larger than the digit and hidden; nor does black leak into the pixels beside it."""
-    blot = (90, 10, 190, 110)
+    """A blob, larger than the digit and hidden; nor does black leak into the pixels beside it."""
+    blob = (90, 10, 190, 110)
     photograph(tmp_path / "a.png")
     picture = Image.open(tmp_path / "a.png")
-    picture.paste("black", blot)
+    picture.paste("black", blob)
     picture.save(tmp_path / "b.png")
-    mask = scribble(tmp_path / "m.png", *blot)
+    mask = scribble(tmp_path / "m.png", *blob)
     (x, seen), (y, _) = (own(tmp_path / name, mask, c, side) for name in ("a.png", "b.png"))
     all_of_x, all_of_y = (own(tmp_path / name, None, c, side)[0] for name in ("a.png", "b.png"))
     assert torch.equal(x, y) and not torch.allclose(all_of_x, all_of_y, atol=0.5)

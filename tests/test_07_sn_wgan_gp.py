@@ -396,22 +396,22 @@ def test_penalty_is_its_formula(seed, n):
     penalty_is_its_formula(gan.gradient_penalty, seed, n)
 
 
-def penalty_by(draw=lambda n, rng: torch.rand(n, 1, 1, 1, generator=rng), of_scores=lambda a: a,
+def penalty_by(sample=lambda n, rng: torch.rand(n, 1, 1, 1, generator=rng), of_scores=lambda a: a,
                norms=lambda grad: grad.flatten(1).norm(dim=1),
                over_batch=lambda norms: ((norms - 1) ** 2).mean()):
     """The right penalty, or a wrong one with other parts."""
     def penalty(critic, x, x_fake, rng):
-        x_hat = (x_fake + draw(len(x), rng) * (x - x_fake)).requires_grad_()
+        x_hat = (x_fake + sample(len(x), rng) * (x - x_fake)).requires_grad_()
         grad, = torch.autograd.grad(of_scores(critic(x_hat)).sum(), x_hat)
         return over_batch(norms(grad))
     return penalty
 
 
 @pytest.mark.parametrize("wrong", [
-    {"draw": lambda n, rng: torch.rand(n, 2, 3, 3, generator=rng)},          # for each pixel
-    {"draw": lambda n, rng: 2 + torch.randn(n, 1, 1, 1, generator=rng)},     # normal
-    {"draw": lambda n, rng: torch.rand(1, generator=rng)},                   # one for all
-    {"draw": lambda n, rng: torch.rand(n, 1, 1, 1)},                         # without the generator
+    {"sample": lambda n, rng: torch.rand(n, 2, 3, 3, generator=rng)},  # for each pixel
+    {"sample": lambda n, rng: 2 + torch.randn(n, 1, 1, 1, generator=rng)},  # normal
+    {"sample": lambda n, rng: torch.rand(1, generator=rng)},  # one for all
+    {"sample": lambda n, rng: torch.rand(n, 1, 1, 1)},  # without the generator
     {"of_scores": torch.sigmoid}, {"norms": lambda grad: grad.norm(dim=1)},  # over the channels
     {"norms": lambda grad: grad.norm()},                                     # over the batch
     {"over_batch": lambda norms: (norms ** 2).mean()},
@@ -755,9 +755,9 @@ def test_recall_refuses_neighbours_that_are_not_there(k):
 # --- truncation --------------------------------------------------------------------------------
 
 def truncated_draws_keep_the_limit_and_have_their_moments(truncated_normal, seed, limit):
-    """Mean 0, variance 1 - 2 a φ(a) / (2 Φ(a) - 1); 40,000 draws, 6 standard errors.
+    """Mean 0, variance 1 - 2 a φ(a) / (2 Φ(a) - 1); 40,000 samples, 6 standard errors.
 
-    Below 0.01 that difference is all rounding, and the draws are uniform: variance limit² / 3.
+    Below 0.01 that difference is all rounding, and the samples are uniform: variance limit² / 3.
     """
     z = truncated_normal(400, 100, limit, generator(seed))
     assert z.dtype == torch.float32 and z.abs().max() <= torch.tensor(limit)

@@ -584,20 +584,20 @@ def test_gradients_are_finite_where_a_probability_is_0_or_1(seed, n, m):
 @given(seeds(), st.floats(0, 1), st.floats(0, 1))
 def test_smoothed_d_is_the_best(seed, real, fake):
     """In the logit a the loss is a (p (1 - real) + q (1 - fake)) + (p + q) log(1 + e^-a), convex:
-    its slope there is 0."""
+    its derivative there is 0."""
     p, q = normal(seed, 2, 5).softmax(1)
     D = theory.smoothed_d(p, q, real, fake)
-    slope = (p * (1 - real) + q * (1 - fake)) - (p + q) * (1 - D)
-    close(slope, 0, 8 * EPS)
+    derivative = (p * (1 - real) + q * (1 - fake)) - (p + q) * (1 - D)
+    close(derivative, 0, 8 * EPS)
 
 
 def bilinear_map(eta, k=0, exact=True, alternating=False, r1=0.0):
     """The matrix of a step, by hand: c = 1 - η r1, y_k = c^k y + S x, S = η (1 + c + ... c^(k-1)).
 
-    x y_k has the slope c^k y + 2 S x if the gradient goes back through y_k, else c^k y + S x."""
+    x y_k has the derivative c^k y + 2 S x if the gradient goes through y_k, else c^k y + S x."""
     c = 1 - eta * r1
-    slope = (2 if exact else 1) * eta * sum(c ** j for j in range(k))
-    x_row = np.array([1 - eta * slope, -eta * c ** k])
+    derivative = (2 if exact else 1) * eta * sum(c ** j for j in range(k))
+    x_row = np.array([1 - eta * derivative, -eta * c ** k])
     return np.array([x_row, eta * (x_row if alternating else np.array([1, 0])) + [0, c]])
 
 

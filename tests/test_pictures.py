@@ -18,9 +18,9 @@ from test_common import arguments
 pytestmark = pytest.mark.usefixtures("no_download")
 
 
-def pixels(path, mode="RGB", ground="white"):
+def pixels(path, mode="RGB", background="white"):
     """What read_picture reads: uint8 [C, H, W]."""
-    return TF.pil_to_tensor(common.read_picture(path, mode, ground))
+    return TF.pil_to_tensor(common.read_picture(path, mode, background))
 
 
 def load(tmp_path, data, *flags):
@@ -52,15 +52,15 @@ def test_grey_of_16_bits_is_scaled(tmp_path):
     assert pixels(tmp_path / "a.png", "L").flatten().tolist() == [round(v / 257) for v in values]
 
 
-@pytest.mark.parametrize("ground, level", [("white", 255), ("black", 0)])
+@pytest.mark.parametrize("background, level", [("white", 255), ("black", 0)])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_what_is_transparent_shows_the_ground(tmp_path, mode, ground, level):
-    """x a + ground (1 - a) for each channel x; rounding twice is off by 1 at most."""
+def test_what_is_transparent_shows_the_background(tmp_path, mode, background, level):
+    """x a + background (1 - a) for each channel x; rounding twice is off by 1 at most."""
     x = torch.randint(256, (len(mode), 20, 30), dtype=torch.uint8, generator=generator(0))
     TF.to_pil_image(x, mode).save(tmp_path / "a.png")
     a = x[-1] / 255
     expected = x[:-1] * a + level * (1 - a)
-    assert (pixels(tmp_path / "a.png", ground=ground) - expected).abs().max() <= 1
+    assert (pixels(tmp_path / "a.png", background=background) - expected).abs().max() <= 1
 
 
 def test_a_palette_may_be_transparent(tmp_path):
