@@ -591,8 +591,7 @@ def figure(rows, columns, width, height, title=""):
 
 
 def save_panels(file, rows, title="", size=2.6):
-    """Small multiples: rows of (label, [(title, plot)]), where plot(ax) fills one panel of `size`
-    inches. In 2.6 inches, eight pictures beside each other have 28 pixels each."""
+    """Rows of (label, [(title, plot)]): plot(ax) fills a panel of `size` inches of 110 pixels."""
     n = max(len(cells) for _, cells in rows)
     fig, axes = figure(len(rows), n, size * n, (size + 0.25) * len(rows) + 0.3, title)
     for line, (label, cells) in zip(axes, rows):
@@ -624,7 +623,8 @@ def plot_curves(file, log, columns, title="", log_scale=()):
 def save_figure(fig, file):
     """Writes a figure as PNG, and prints where; of process.png, which is replaced, only once."""
     again = file.stem == "process" and file.exists()
-    written = write(lambda f: fig.savefig(f, dpi=110, format="png"), file)
+    fig.savefig(png := io.BytesIO(), dpi=110)
+    written = write(lambda f: f.write(png.getvalue()), file)
     if not again:
         print(f"{CLEAR * sys.stdout.isatty()}wrote {written}")
 
@@ -678,7 +678,7 @@ def write(writer, file):
             time.sleep(0.1)
     except (OSError, RuntimeError) as e:  # torch.save hides the OSError of a full disk
         new.unlink(missing_ok=True)
-        e = e.__context__ or e
+        e = e.__context__ or e if isinstance(e, RuntimeError) else e
         fail(f"cannot write {file} ({getattr(e, 'strerror', '') or e})", 1)
     if new not in REFUSED:
         print(f"{file} is used by another program: the new content is in {new}")
