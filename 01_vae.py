@@ -318,24 +318,20 @@ def plot_codes(mu, logvar, y, ax):
 
 def parse_args(argv=None):
     p = common.parser(__doc__, __file__)
-    g = p.add_argument_group("model")
-    g.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                   help=f"{', '.join(MODELS)}: the VAE; Gaussian pixels with 0.1, 1 and 10 times "
-                   "--x-sigma2; the same without the KL term")
-    g.add_argument("--likelihood", choices=["bernoulli", "gaussian"],
-                   help="of the vae; if not given: bernoulli for one channel, else gaussian")
-    g.add_argument("--x-sigma2", type=common.number(float, above=0), default=0.001,
-                   help="times C H W (MNIST: 784), it is the variance of a Gaussian pixel")
-    g.add_argument("--z-dim", type=common.number(int, 1), default=50, help="size of z; 2: plotted")
-    g = p.add_argument_group("training")
-    g.add_argument("-k", type=common.number(int, 1), default=1, help="samples of z in the bound "
-                   "that the vae maximises; above 1: the importance-weighted autoencoder")
-    g.add_argument("--steps", type=common.number(int, 1), default=5000, help="others: 3.6 %% of it")
-    g.add_argument("--batch", type=common.number(int, 2), default=128, help="pictures in a batch")
-    g.add_argument("--lr", type=common.number(float, above=0), default=1e-2,
-                   help="Adam's learning rate, which falls to 0")
-    g.add_argument("--k-test", type=common.number(int, 1), default=100, help="samples of z in the "
-                   "bound on test pictures: the more, the tighter")
+    add, whole, real = p.add_argument, partial(common.number, int), partial(common.number, float)
+    add("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"{', '.join(MODELS)}: the "
+        "VAE; Gaussian pixels with 0.1, 1 and 10 times --x-sigma2; the same without the KL term")
+    add("--likelihood", choices=["bernoulli", "gaussian"],
+        help="of the vae; if not given: bernoulli for one channel, else gaussian")
+    add("--x-sigma2", type=real(above=0), default=0.001,
+        help="times C H W (MNIST: 784), it is the variance of a Gaussian pixel")
+    add("--z-dim", type=whole(1), default=50, help="length of z; with 2 it is plotted")
+    add("-k", type=whole(1), default=1, help="samples of z in the bound that the vae maximises; "
+        "above 1: the importance-weighted autoencoder")
+    add("--steps", type=whole(1), default=5000, help="of the vae; others: 3.6 %% of it")
+    add("--batch", type=whole(2), default=128, help="pictures in a batch")
+    add("--lr", type=real(above=0), default=1e-2, help="Adam's learning rate, which falls to 0")
+    add("--k-test", type=whole(1), default=100, help="samples of z in the bound on test pictures")
     p.set_defaults(n_samples=N_SAMPLES, n_test=N_TEST)
     args = common.parse(p, argv, quick=dict(data="digits", steps=32, n_samples=1000, n_test=20))
     args.models = list(dict.fromkeys(args.models or MODELS))

@@ -3,8 +3,7 @@ r"""03 - Unrolled GAN: G anticipates how D will react.
 Paper    Metz, Poole, Pfau, Sohl-Dickstein 2017, arXiv:1611.02163, section 2
 Game     f(θ_G, θ_D) = E log σ(D(x)) + E log(1 - σ(D(G(z))))       -> value()
          θ: weights; σ: the sigmoid. D returns logits and maximises f.
-Idea     θ_D^k (k is no power): θ_D after k steps θ <- θ + η ∂f(θ_G, θ)/∂θ
-                                                                    -> unroll()
+Idea     θ_D^k, k no power: after k steps θ <- θ + η ∂f/∂θ          -> unroll()
          G minimises f(θ_G, θ_D^k(θ_G)), so that its loss takes D's reaction
          into account; D takes one step. k = 0: plain GAN  -> unrolled_loss_g()
 See      process.gif: three GANs on a ring of 8 modes (clusters of the data).
